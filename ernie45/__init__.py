@@ -1,0 +1,50 @@
+"""Baidu's ERNIE 4.5 models in plain PaddlePaddle.
+
+The public names are imported when they are first used, so that ``import ernie45`` costs nothing: neither Paddle nor
+any other third-party package is loaded before a name that needs it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat import parse_response
+    from .config import ErnieConfig
+    from .models.cache import KVCache
+    from .models.causal_lm import ErnieForCausalLM
+    from .tokenizer import ErnieTokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ErnieConfig",
+    "ErnieForCausalLM",
+    "ErnieTokenizer",
+    "KVCache",
+    "__version__",
+    "parse_response",
+]
+
+_HOMES = {
+    "ErnieConfig": ".config",
+    "ErnieForCausalLM": ".models.causal_lm",
+    "ErnieTokenizer": ".tokenizer",
+    "KVCache": ".models.cache",
+    "parse_response": ".chat",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module at first use, and keep it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The names already here and the public ones not yet imported."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Reading and writing the published checkpoints (-Paddle and -PT layouts)."""

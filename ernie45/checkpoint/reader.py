@@ -1,0 +1,146 @@
+"""Reading a checkpoint into a model: check everything first, then stream one tensor at a time.
+
+It hides the layout of the files, their dtype, and how a tensor gets into a parameter without a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from tqdm import tqdm
+
+from ernie45.checkpoint.dtypes import DTYPES, FLOAT_DTYPES, convert, dtype_from_framework_name
+from ernie45.checkpoint.folder import CheckpointFolder
+from ernie45.checkpoint.names import Part, TensorSpec, detect_layout
+from ernie45.errors import CheckpointError
+from ernie45.memory import available_bytes, format_bytes
+
+CHUNK_BYTES = 8 * 2**20
+# What a process needs beside the weights: activations, buffers of the reader, Paddle itself.
+HEADROOM_BYTES = 200 * 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from: the tensors of the file that hold it, oriented as found."""
+
+    spec: TensorSpec
+    parts: tuple[Part, ...]
+
+
+def find_sources(folder: CheckpointFolder, specs: Iterable[TensorSpec]) -> tuple[list[Source], list[str]]:
+    """Matches the expected tensors with those of the folder.
+
+    Returns:
+        sources, problems: problems name every tensor that is missing or has the wrong shape or dtype.
+
+    Raises:
+        CheckpointError: the folder's layout is unknown.
+    """
+    layout = detect_layout(folder.tensors, str(folder.path))
+    sources: list[Source] = []
+    problems: list[str] = []
+    for spec in specs:
+        parts = [_as_found(part, spec, folder) for part in spec.stored(layout)]
+        problems += [problem for part in parts if (problem := _problem(part, folder)) is not None]
+        sources.append(Source(spec, tuple(parts)))
+    return sources, problems
+
+
+def memory_problem(specs: Iterable[TensorSpec], dtype: str) -> str | None:
+    """Says what is wrong if weights of this dtype do not fit into free memory."""
+    needed, free = weight_bytes(specs, dtype) + HEADROOM_BYTES, available_bytes()
+    if free is None or needed <= free or paddle.device.get_device() != "cpu":
+        return None
+    return (
+        f"not enough memory: {dtype} weights and {format_bytes(HEADROOM_BYTES)} of working space need "
+        f"{format_bytes(needed)}, {format_bytes(free)} are free; close other programs, "
+        'choose dtype="bfloat16" or a smaller model'
+    )
+
+
+def weight_bytes(specs: Iterable[TensorSpec], dtype: str) -> int:
+    """Bytes of the weights in memory or in a file; float32 tensors stay float32."""
+    item = DTYPES[dtype_from_framework_name(dtype)].item_size
+    return sum(spec.size * (4 if spec.float32 else item) for spec in specs)
+
+
+def load(folder: CheckpointFolder, sources: list[Source], parameters: Mapping[str, Tensor], progress: bool) -> None:
+    """Fills parameters (by -Paddle name) from the folder, converting dtypes, and drops each tensor once it is read."""
+    total = sum(folder.tensors[part.name].byte_count for source in sources for part in source.parts)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"Loading {folder.path.name}", delay=1, disable=not progress
+    ) as bar:
+        for source in sources:
+            with _Storage(parameters[source.spec.name]) as storage:
+                for part in source.parts:
+                    copy_part(folder, part, storage.array, storage.dtype)
+                    bar.update(folder.tensors[part.name].byte_count)
+
+
+def copy_part(folder: CheckpointFolder, part: Part, destination: np.ndarray, dtype: str) -> None:
+    """Copies one tensor of the folder into its place in a -Paddle array of storage `dtype`, a few MB at a time."""
+    entry = folder.tensors[part.name]
+    values = folder.read(part.name)
+    step = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
+    for first in range(0, len(values), step):
+        part.put(destination, convert(values[first : first + step], entry.dtype, dtype), first)
+    folder.release(part.name)
+
+
+def to_numpy(tensor: Tensor) -> tuple[np.ndarray, str]:
+    """A tensor's values and their safetensors dtype; on a CPU a view of the tensor's own memory."""
+    dtype = dtype_from_framework_name(str(tensor.dtype).removeprefix("paddle."))
+    tensor = tensor.detach().cpu()
+    if dtype == "BF16":  # DLPack has no numpy equivalent of it
+        return np.from_dlpack(tensor.view("int16")).view(np.uint16), dtype
+    return np.from_dlpack(tensor), dtype
+
+
+class _Storage:
+    """A writable array that is the parameter (CPU), or that is copied into it at the end (other devices)."""
+
+    def __init__(self, parameter: Tensor):
+        self.parameter = parameter
+        self.array, self.dtype = to_numpy(parameter)
+
+    def __enter__(self) -> _Storage:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None and not self.parameter.place.is_cpu_place():
+            self.parameter.set_value(self.array)
+
+
+def _as_found(part: Part, spec: TensorSpec, folder: CheckpointFolder) -> Part:
+    """Turns the part round if this tensor is known to be published in both orientations."""
+    entry = folder.tensors.get(part.name)
+    if entry is None or not spec.either_orientation or entry.shape == part.shape:
+        return part
+    if entry.shape == part.shape[::-1]:
+        return replace(part, shape=entry.shape, transposed=not part.transposed)
+    return part
+
+
+def _problem(part: Part, folder: CheckpointFolder) -> str | None:
+    entry = folder.tensors.get(part.name)
+    if entry is None:
+        return f"{part.name}: missing, expected shape {list(part.shape)}"
+    if entry.shape != part.shape:
+        return f"{part.name}: shape {list(entry.shape)} in {entry.file.name}, expected {list(part.shape)}"
+    if entry.dtype not in FLOAT_DTYPES:
+        return f"{part.name}: dtype {entry.dtype} in {entry.file.name}, expected one of {', '.join(FLOAT_DTYPES)}"
+    return None
+
+
+def raise_problems(where: str | Path, problems: list[str], advice: str) -> None:
+    """Raises one error that lists all problems, if there are any."""
+    if not problems:
+        return
+    shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
+    raise CheckpointError(f"{where}: {len(problems)} problem(s): " + "; ".join(shown) + f". {advice}")

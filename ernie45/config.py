@@ -1,0 +1,323 @@
+"""The architecture of a model, read from the published config.json.
+
+One frozen dataclass covers dense, mixture-of-experts and vision-language checkpoints: what differs between them is
+data (which layers are MoE, which expert banks exist). It hides the two spellings of config.json (-Paddle and -PT),
+the renamed keys, and what a missing key means.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ernie45.errors import ConfigError
+
+# Other spellings of the keys that this class reads: PaddleFormers >= 1.0 and transformers renamed some of them.
+ALIASES = {
+    "num_experts": "moe_num_experts",
+    "num_experts_per_tok": "moe_k",
+    "scoring_func": "moe_gate_act",
+    "torch_dtype": "dtype",
+}
+
+# What a missing key means. The class that wrote the -Paddle files and the one that reads the -PT files differ.
+PADDLE_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "moe_layer_interval": 2,
+    "moe_layer_start_index": 0,
+    "moe_k": 2,
+    "moe_num_shared_experts": 0,
+    "max_position_embeddings": 32768,
+}
+PT_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "moe_layer_interval": 1,
+    "moe_layer_start_index": 1,
+    "moe_k": 6,
+    "moe_num_shared_experts": 2,
+    "max_position_embeddings": 131072,
+}
+
+# Keys that change the numbers and for which only one value is implemented (no published checkpoint has another).
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "use_bias": (False, None),
+    "use_rmsnorm": (True, None),
+    "rope_reorder": (False, None),
+    "moe_group_experts": (False, None),
+    "use_qk_norm": (False, None),
+    "mm_vocab_size": (0, None),
+    "moe_gate": ("top2_fused", "topk", "topk_fused", None),
+    "moe_gate_act": ("softmax", "sigmoid", None),
+}
+
+ARCHITECTURES = {  # model_type -> (-Paddle spelling, -PT spelling)
+    "ernie4_5": ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeForCausalLM"),
+    "ernie4_5_moe_vl": ("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VLMoeForConditionalGeneration"),
+}
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """One bank of routed experts: `num_experts` SwiGLU experts of width `intermediate_size` in layers first..last."""
+
+    num_experts: int
+    intermediate_size: int
+    first_layer: int
+    last_layer: int
+
+    def covers(self, layer: int) -> bool:
+        """Whether the bank exists in this layer (both ends inclusive)."""
+        return self.first_layer <= layer <= self.last_layer
+
+
+@dataclass(frozen=True)
+class ErnieConfig:
+    """Architecture of one ERNIE 4.5 model. Field names are the keys of the published config.json.
+
+    `tie_word_embeddings`, `moe_use_aux_free` and `num_nextn_predict_layers` are None where the file is silent:
+    the tensors of the checkpoint then decide. `extra` holds every key that the library does not read; it is written
+    back by `to_dict`.
+
+    Raises:
+        ConfigError: the values contradict each other or ask for something that is not implemented.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    compression_ratio: float = 1.0
+    scale_qk_coeff: float = 1.0
+    tie_word_embeddings: bool | None = None
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int | list[int] = 2
+    dtype: str = "bfloat16"
+    moe_num_experts: int | list[int] | None = None
+    moe_k: int = 6
+    moe_intermediate_size: int | list[int] = 0
+    moe_num_shared_experts: int = 0
+    moe_layer_start_index: int | list[int] = 1
+    moe_layer_end_index: int | list[int] = -1
+    moe_layer_interval: int = 1
+    moe_gate_act: str = "softmax"
+    moe_use_aux_free: bool | None = None
+    moe_norm_gate_logits: bool = True
+    moe_norm_min: float = 1e-12
+    num_nextn_predict_layers: int | None = None
+    vision_config: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None and _is_positive(self.num_attention_heads):
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError("config: " + "; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ErnieConfig:
+        """Reads the content of a config.json in either layout, with old or new key names.
+
+        Raises:
+            ConfigError: a key is missing, has the wrong type, or its value is not supported.
+        """
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"config: expected a JSON object, found {type(raw).__name__}")
+        known = {f.name for f in fields(cls)} - {"extra"}
+        values = dict(PT_DEFAULTS if is_pt_config(raw) else PADDLE_DEFAULTS)
+        extra: dict[str, Any] = {}
+        for key, value in _flatten(raw).items():
+            name = ALIASES.get(key, key)
+            if name in known:
+                if value is not None:
+                    values[name] = value
+            else:
+                extra[key] = value
+        missing = [f.name for f in fields(cls) if f.name in _REQUIRED and f.name not in values]
+        if missing:
+            raise ConfigError(
+                f"config: missing {', '.join(missing)}; is this the config.json of an ERNIE 4.5 model "
+                f"(architectures {raw.get('architectures')})?"
+            )
+        return cls(**values, extra=extra)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, cache_dir: str | None = None
+    ) -> ErnieConfig:
+        """Reads config.json of a folder, of a config file, or of a model on a hub."""
+        from ernie45.checkpoint.hub import resolve_folder
+
+        path = Path(name)
+        if path.suffix != ".json" or not path.is_file():
+            folder = resolve_folder(name, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"])
+            path = folder / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; a checkpoint folder needs the published config.json") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+        try:
+            return cls.from_dict(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self, layout: str = "paddle") -> dict[str, Any]:
+        """The content of config.json for the layout "paddle" or "pt", unknown keys included."""
+        model_type = self.extra.get("model_type", self.model_type)
+        spellings = ARCHITECTURES.get(model_type, ARCHITECTURES[self.model_type])
+        content: dict[str, Any] = {
+            **self.extra,
+            "architectures": [spellings[0 if layout == "paddle" else 1]],
+            "model_type": model_type,
+        }
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "extra" or value is None or (f.name.startswith("moe_") and not self.banks):
+                continue
+            content["torch_dtype" if f.name == "dtype" and layout == "pt" else f.name] = value
+        return content
+
+    @property
+    def model_type(self) -> str:
+        """The published `model_type` of this kind of model."""
+        if self.vision_config is not None:
+            return "ernie4_5_moe_vl"
+        return "ernie4_5_moe" if self.banks else "ernie4_5"
+
+    @property
+    def banks(self) -> tuple[BankConfig, ...]:
+        """The expert banks: none for a dense model, one for text, two (text, vision) for vision-language."""
+        counts = [count for count in _as_list(self.moe_num_experts or 0) if count]
+        return tuple(
+            BankConfig(
+                num_experts=count,
+                intermediate_size=_entry(self.moe_intermediate_size, i) or self.intermediate_size,
+                first_layer=_entry(self.moe_layer_start_index, i),
+                last_layer=self._last_layer(_entry(self.moe_layer_end_index, i)),
+            )
+            for i, count in enumerate(counts)
+        )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether this decoder layer has routed experts (of any bank)."""
+        if not self.banks or (layer + 1) % self.moe_layer_interval:
+            return False
+        return min(b.first_layer for b in self.banks) <= layer <= max(b.last_layer for b in self.banks)
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the one MLP that all shared experts form (0: none). It uses the width of the first bank."""
+        return self.banks[0].intermediate_size * self.moe_num_shared_experts if self.banks else 0
+
+    def replace(self, **changes: Any) -> ErnieConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def _last_layer(self, end: int) -> int:
+        return self.num_hidden_layers - 1 if end < 0 else min(end, self.num_hidden_layers - 1)
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def is_pt_config(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in the -PT spelling (it says which defaults hold for missing keys)."""
+    marks = ("torch_dtype", "transformers_version", "rope_parameters")
+    return any(key in raw for key in marks) or "Ernie4_5ForCausalLM" in (raw.get("architectures") or ())
+
+
+def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 nests `rope_theta` under `rope_parameters`."""
+    parameters = raw.get("rope_parameters")
+    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
+        return {"rope_theta": parameters["rope_theta"], **raw}
+    return dict(raw)
+
+
+def _as_list(value: int | list[int]) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _entry(value: int | list[int], bank: int) -> int:
+    """The value for one bank: published files give one number for all banks or one number each."""
+    values = _as_list(value)
+    return values[min(bank, len(values) - 1)]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _problems(config: ErnieConfig):  # type: ignore[no-untyped-def]
+    """Everything that is wrong with the values, in words."""
+    yield from _type_problems(config)
+    if next(_type_problems(config), None) is not None:
+        return
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+    if config.head_dim % 2:
+        yield f"head_dim {config.head_dim} is odd, but RoPE rotates pairs"
+    for number, bank in enumerate(config.banks):
+        if config.moe_k > bank.num_experts:
+            yield f"moe_k {config.moe_k} exceeds the {bank.num_experts} experts of bank {number}"
+    for key, allowed in SUPPORTED_VALUES.items():
+        value = getattr(config, key, config.extra.get(key, allowed[0]))
+        if value not in allowed:
+            yield f"{key}={value!r} is not supported (supported: {', '.join(map(repr, allowed))})"
+    scaling = config.extra.get("rope_scaling") or config.extra.get("rope_parameters")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        yield f"rope scaling {dict(scaling)} is not supported: ERNIE 4.5 computes RoPE without scaling"
+
+
+def _type_problems(config: ErnieConfig):  # type: ignore[no-untyped-def]
+    positive = (*_REQUIRED, "num_key_value_heads", "head_dim", "moe_layer_interval", "moe_k", "max_position_embeddings")
+    for key in positive:
+        if not _is_positive(getattr(config, key)):
+            yield f"{key} must be a positive integer, found {getattr(config, key)!r}"
+    for key in ("rms_norm_eps", "rope_theta", "compression_ratio", "scale_qk_coeff"):
+        value = getattr(config, key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            yield f"{key} must be a positive number, found {value!r}"
+    lists = ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index")
+    for key in lists:
+        value = getattr(config, key)
+        entries = _as_list(0 if value is None else value)
+        if not entries or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+            yield f"{key} must be an integer or a list of integers, one per expert bank, found {value!r}"
+    for key in ("moe_num_experts", "moe_intermediate_size"):
+        entries = _as_list(getattr(config, key) or 0)
+        if any(isinstance(entry, int) and entry < 0 for entry in entries):
+            yield f"{key} must not be negative, found {getattr(config, key)!r}"
+    for key in ("moe_num_shared_experts", "num_nextn_predict_layers"):
+        value = getattr(config, key) or 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            yield f"{key} must be a non-negative integer, found {value!r}"
+    if config.dtype not in ("float32", "float16", "bfloat16"):
+        yield f"dtype must be float32, float16 or bfloat16, found {config.dtype!r}"
+    if config.vision_config is not None and not isinstance(config.vision_config, Mapping):
+        yield f"vision_config must be an object, found {type(config.vision_config).__name__}"

@@ -1,0 +1,1 @@
+"""The models: one decoder built from a few layers."""

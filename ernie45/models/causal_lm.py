@@ -1,0 +1,241 @@
+"""The text model: decoder, head, loss, and its checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+from paddle.nn.initializer import Constant, Normal
+
+from ernie45 import ops
+from ernie45.checkpoint.folder import CheckpointFolder
+from ernie45.checkpoint.hub import resolve_folder
+from ernie45.checkpoint.names import PADDLE, checkpoint_tensors, settle_config
+from ernie45.checkpoint.reader import find_sources, load, memory_problem, raise_problems
+from ernie45.config import ErnieConfig
+from ernie45.errors import CheckpointError, ConfigError, ErnieError
+from ernie45.generation.config import GenerationConfig
+from ernie45.losses import language_model_loss
+from ernie45.models.cache import KVCache
+from ernie45.models.decoder import Decoder
+from ernie45.models.moe import Routing, published_tensors
+from ernie45.runtime import prepare_cpu
+
+
+class Head(nn.Layer):
+    """Output projection: the embedding transposed if tied, else its own weight [hidden_size, vocab_size]."""
+
+    def __init__(self, config: ErnieConfig, dtype: str):
+        super().__init__()
+        if not config.tie_word_embeddings:
+            self.weight = self.create_parameter(
+                [config.hidden_size, config.vocab_size], dtype=dtype, default_initializer=Constant(0.0)
+            )
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """hidden [..., hidden_size] -> logits [..., vocab_size]."""
+        tied = not hasattr(self, "weight")
+        return ops.linear_transposed(hidden, embedding) if tied else ops.linear(hidden, self.weight)
+
+
+class ErnieForCausalLM(nn.Layer):
+    """ERNIE 4.5 text model, dense or mixture of experts.
+
+    `state_dict()` has the names, shapes and orientation of the published -Paddle files.
+
+    Args:
+        config: architecture.
+        dtype: dtype of the weights: "float32", "bfloat16" or "float16"; the router is float32 in any case.
+        mtp: build the multi-token-prediction blocks too.
+        initialize: draw random weights; a reader that fills them in anyway passes False.
+    """
+
+    def __init__(self, config: ErnieConfig, dtype: str = "float32", mtp: bool = False, initialize: bool = True):
+        super().__init__()
+        prepare_cpu()
+        self.config = config
+        self.dtype = dtype
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.ernie = Decoder(config, dtype, mtp)
+        self.head = Head(config, dtype)
+        if initialize:
+            self.initialize_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        attn_mask_startend_row_indices: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or (loss, logits) if labels are given.
+
+        Args:
+            input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache, routing:
+                see `Decoder.forward`.
+            labels: [batch, sequence] int64, already shifted (labels[i] follows input_ids[i]), -100 where ignored.
+
+        Returns:
+            logits [batch, sequence, vocab_size] in the dtype of activations; loss: float32 scalar.
+
+        Raises:
+            ErnieError: an argument has the wrong shape.
+        """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ErnieError(f"labels: expected {input_ids.shape} like input_ids, found {labels.shape}")
+        hidden = self.ernie(
+            input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache=cache, routing=routing
+        )
+        logits = self.lm_head(hidden)
+        return logits if labels is None else (language_model_loss(logits, labels), logits)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab_size] of hidden states [..., hidden_size] that have passed the final norm."""
+        return self.head(hidden, self.ernie.embed_tokens.weight)
+
+    def next_n_logits(self, input_ids: Tensor) -> list[Tensor]:
+        """Logits of the model and of each multi-token-prediction depth: see `Decoder.forward_next_n`."""
+        return [self.lm_head(hidden) for hidden in self.ernie.forward_next_n(input_ids)]
+
+    def initialize_weights(self) -> None:
+        """Draws every matrix from Normal(0, sqrt(0.3333 / hidden_size)), as upstream; norms 1, correction bias 0."""
+        normal = Normal(0.0, math.sqrt(0.3333 / self.config.hidden_size))
+        for parameter in self.parameters():
+            if parameter.ndim > 1 and not parameter.stop_gradient:
+                normal(parameter)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Parameters under their published -Paddle names; experts are views of the stacked parameters."""
+        return dict(self._published(super().state_dict(*args, **kwargs)))
+
+    def set_state_dict(
+        self, state_dict: Mapping[str, Any], use_structured_name: bool = True
+    ) -> tuple[list[str], list[str]]:
+        """Copies tensors or arrays with published -Paddle names into the model.
+
+        Returns:
+            missing, unexpected: names that only the model has, and names that only `state_dict` has.
+
+        Raises:
+            CheckpointError: a shape differs; nothing is copied then.
+        """
+        if not use_structured_name:
+            raise ErnieError("set_state_dict: published names are structured names; use_structured_name=False is not")
+        own = self.state_dict()
+        shared = own.keys() & state_dict.keys()
+        wrong = [
+            f"{k}: {list(state_dict[k].shape)}, expected {own[k].shape}"
+            for k in shared
+            if list(state_dict[k].shape) != own[k].shape
+        ]
+        raise_problems("state_dict", sorted(wrong), "Nothing was copied.")
+        with paddle.no_grad():
+            for name in shared:
+                own[name].copy_(paddle.to_tensor(state_dict[name]).astype(own[name].dtype), True)
+        return sorted(own.keys() - shared), sorted(state_dict.keys() - shared)
+
+    set_dict = set_state_dict
+
+    def _published(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in parameters.items():
+            name = "lm_head.weight" if name == "head.weight" else name
+            yield from published_tensors(name, parameter, self.config.banks)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        mtp: bool = False,
+        progress: bool = True,
+    ) -> ErnieForCausalLM:
+        """Loads a published checkpoint, -Paddle or -PT, from a folder or a hub.
+
+        Tensors are read one at a time into the parameters, after everything has been checked.
+
+        Args:
+            name: a folder, "owner/name" (Hugging Face), "aistudio:owner/name", "modelscope:owner/name", or a model
+                that comes with the package ("ernie45-tiny").
+            dtype: dtype of the weights in memory. By default the checkpoint's own on a GPU, and float32 on a CPU,
+                where Paddle computes in float32 whatever the weights are.
+            revision: branch, tag or commit on the hub.
+            cache_dir: where downloads are kept.
+            mtp: also load the multi-token-prediction blocks, if the checkpoint has them.
+            progress: show a progress bar when loading takes longer than a second.
+
+        Raises:
+            CheckpointError: lists everything that is wrong with the files.
+            ConfigError: config.json describes no model that is supported.
+        """
+        path = resolve_folder(name, revision=revision, cache_dir=cache_dir)
+        config, folder = _open(path)
+        with folder:
+            config = settle_config(config, folder.tensors)
+            if config.vision_config is not None:
+                raise ConfigError(f"{path}: vision-language checkpoints are not supported yet")
+            if not mtp:
+                config = config.replace(num_nextn_predict_layers=0)
+            dtype = dtype or (config.dtype if paddle.device.get_device() != "cpu" else "float32")
+            specs = checkpoint_tensors(config)
+            sources, problems = find_sources(folder, specs)
+            shortage = memory_problem(specs, dtype)
+            raise_problems(
+                path, problems + ([shortage] if shortage else []), "Download the files again, or correct config.json."
+            )
+            model = cls(config.replace(dtype=dtype), dtype=dtype, mtp=mtp, initialize=False)
+            load(folder, sources, model.state_dict(), progress)
+        model.generation_config = GenerationConfig.from_pretrained(path, config)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        layout: str = PADDLE,
+        dtype: str | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+        progress: bool = True,
+    ) -> None:
+        """Writes config.json, generation_config.json and the weights; an existing checkpoint there is replaced whole.
+
+        Args:
+            folder: created if needed.
+            layout: "paddle" or "pt".
+            dtype: dtype of the file, by default that of the weights.
+            max_shard_bytes: larger models are split into shards with an index.
+            progress: show a progress bar when writing takes longer than a second.
+
+        Raises:
+            CheckpointError: unknown layout or dtype, too little disk space, or the folder cannot be written.
+        """
+        from ernie45.checkpoint.convert import save_model
+
+        save_model(self, Path(folder), layout, dtype or self.dtype, max_shard_bytes, progress)
+
+
+def _open(path: Path) -> tuple[ErnieConfig, CheckpointFolder]:
+    """Reads config.json and the headers of the weight files, and reports the problems of both together."""
+    errors: list[ErnieError] = []
+    try:
+        config = ErnieConfig.from_pretrained(path)
+    except ConfigError as error:
+        errors.append(error)
+    try:
+        folder = CheckpointFolder(path)
+    except CheckpointError as error:
+        errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise CheckpointError("\n".join(str(error) for error in errors))
+    return config, folder

@@ -1,0 +1,226 @@
+"""The decoder that all ERNIE 4.5 models share."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import Tensor, nn
+
+from ernie45 import ops
+from ernie45.config import ErnieConfig
+from ernie45.errors import ErnieError
+from ernie45.models.cache import KVCache
+from ernie45.models.layers import MLP, ZEROS, Attention, Linear, RMSNorm
+from ernie45.models.mask import AttentionMask, document_ends, explicit_mask
+from ernie45.models.moe import MoE, Routing
+
+
+class Embedding(nn.Layer):
+    """Token embedding [vocab_size, hidden_size]; as a tied head it is applied transposed."""
+
+    def __init__(self, config: ErnieConfig, dtype: str):
+        super().__init__()
+        self.weight = self.create_parameter(
+            [config.vocab_size, config.hidden_size], dtype=dtype, default_initializer=ZEROS
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [batch, sequence] int64 -> [batch, sequence, hidden_size] in the dtype of activations."""
+        rows = nn.functional.embedding(input_ids, self.weight)
+        return rows.astype(ops.compute_dtype(self.weight.dtype))
+
+
+class DecoderLayer(nn.Layer):
+    """Pre-norm attention and a feed-forward part that is an MLP or a mixture of experts."""
+
+    def __init__(self, config: ErnieConfig, layer: int, dtype: str, moe: bool):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, dtype)
+        self.self_attn = Attention(config, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config, dtype)
+        self.mlp = MoE(config, layer, dtype) if moe else MLP(config.hidden_size, config.intermediate_size, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        cache: KVCache | None = None,
+        banks: Tensor | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        """x [batch, sequence, hidden_size] -> the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, banks, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
+
+
+class Decoder(nn.Layer):
+    """Embedding, decoder layers and final norm: token ids in, hidden states out.
+
+    Args:
+        config: architecture; `tie_word_embeddings` and the like must be decided.
+        dtype: dtype of the weights; the router and its bias are always float32.
+        mtp: also build the multi-token-prediction blocks (`mtp_*`), which share embedding, norm and head.
+    """
+
+    def __init__(self, config: ErnieConfig, dtype: str = "float32", mtp: bool = False):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config, dtype)
+        self.layers = nn.LayerList(
+            [DecoderLayer(config, i, dtype, config.is_moe_layer(i)) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config, dtype)
+        depth = (config.num_nextn_predict_layers or 0) if mtp else 0
+        if depth:
+            self.mtp_block = nn.LayerList([DecoderLayer(config, i, dtype, moe=False) for i in range(depth)])
+            self.mtp_emb_norm = nn.LayerList([RMSNorm(config, dtype) for _ in range(depth)])
+            self.mtp_hidden_norm = nn.LayerList([RMSNorm(config, dtype) for _ in range(depth)])
+            self.mtp_linear_proj = nn.LayerList(
+                [Linear(2 * config.hidden_size, config.hidden_size, dtype) for _ in range(depth)]
+            )
+        self.mtp_depth = depth
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attn_mask_startend_row_indices: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: [batch, sequence] int64. With a cache: only the tokens that are not in it yet.
+            position_ids: [batch, sequence]; by default they count the tokens that are not padding.
+            attention_mask: [batch, sequence] with 0 for padding, on either side (with a cache, columns for the
+                cached tokens may be in front); or [batch, 1, sequence, cached + sequence] with 1 where a row may
+                look, which then replaces the causal order.
+            attn_mask_startend_row_indices: [batch, 1, sequence, 1] int, packed documents: the first query row that
+                may no longer see the key.
+            cache: keys and values to continue from; the new ones are appended to it.
+            routing: a list that receives one `Routing` per MoE layer and bank.
+
+        Returns:
+            [batch, sequence, hidden_size]
+
+        Raises:
+            ErnieError: an argument has the wrong shape, or a token id is outside the vocabulary.
+        """
+        _check_ids(input_ids, self.config.vocab_size)
+        x, _, _ = self.run_layers(
+            input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache, routing
+        )
+        return self.norm(x)
+
+    def run_layers(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attn_mask_startend_row_indices: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: list[Routing] | None = None,
+    ) -> tuple[Tensor, Tensor, AttentionMask]:
+        """As `forward`, but before the final norm; also the positions [batch, sequence] and the mask."""
+        batch, sequence = input_ids.shape
+        offset = 0 if cache is None else cache.length
+        padding, explicit = _read_mask(attention_mask, batch, sequence, cache)
+        ends = attn_mask_startend_row_indices
+        mask = AttentionMask(
+            offset, padding, None if ends is None else document_ends(ends, batch, offset + sequence), explicit
+        )
+        if position_ids is None:
+            position_ids = _default_positions(batch, sequence, padding, cache)
+        elif position_ids.shape != [batch, sequence]:
+            raise ErnieError(f"position_ids: expected [{batch}, {sequence}] like input_ids, found {position_ids.shape}")
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary(position_ids)
+        for layer in self.layers:
+            x = layer(x, rotary, mask, cache, routing=routing)
+        if cache is not None:
+            cache.advance(padding, position_ids.astype("int64").max(axis=1) + 1, sequence)
+        return x, position_ids, mask
+
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [batch, sequence, 1, head_dim / 2] float32 for position_ids [batch, sequence]."""
+        positions = position_ids.astype("float32") / self.config.compression_ratio
+        return ops.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def forward_next_n(self, input_ids: Tensor) -> list[Tensor]:
+        """Hidden states of the model and of each multi-token-prediction depth (DeepSeek-V3, arXiv 2412.19437, 2.2).
+
+        Depth d combines the embedding of the token d + 1 places ahead with the previous depth's hidden state.
+
+        Args:
+            input_ids: [batch, sequence + depth] int64
+
+        Returns:
+            1 + depth tensors [batch, sequence, hidden_size], all after the shared final norm.
+        """
+        if not self.mtp_depth:
+            raise ErnieError("this model was built without multi-token-prediction blocks; load it with mtp=True")
+        sequence = input_ids.shape[1] - self.mtp_depth
+        if sequence < 1:
+            raise ErnieError(f"input_ids: expected more than {self.mtp_depth} tokens per row, found {input_ids.shape}")
+        _check_ids(input_ids, self.config.vocab_size)
+        hidden, positions, mask = self.run_layers(input_ids[:, :sequence])
+        embeddings, rotary = self.embed_tokens(input_ids), self.rotary(positions)
+        outputs = [hidden]
+        for depth in range(self.mtp_depth):
+            ahead = embeddings[:, depth + 1 : depth + 1 + sequence]
+            both = [self.mtp_emb_norm[depth](ahead), self.mtp_hidden_norm[depth](outputs[-1])]
+            joined = self.mtp_linear_proj[depth](paddle.concat(both, axis=-1))
+            outputs.append(self.mtp_block[depth](joined, rotary, mask))
+        return [self.norm(output) for output in outputs]
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ErnieError(f"input_ids: expected a non-empty [batch, sequence], found shape {input_ids.shape}")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ErnieError(
+            f"input_ids: ids {low}..{high} are outside the vocabulary 0..{vocab_size - 1}; "
+            "was another model's tokenizer used?"
+        )
+
+
+def _read_mask(
+    attention_mask: Tensor | None, batch: int, sequence: int, cache: KVCache | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Splits `attention_mask` into padding [batch, cached + sequence] (None: no padding) and an explicit mask."""
+    cached = 0 if cache is None else cache.length
+    if cache is not None and cached and cache.batch_size != batch:
+        raise ErnieError(f"cache: holds {cache.batch_size} rows, but input_ids has {batch}")
+    remembered = None if cache is None else cache.padding
+    if attention_mask is None:
+        if remembered is None:
+            return None, None
+        return paddle.concat([remembered, paddle.ones([batch, sequence], dtype="bool")], axis=1), None
+    if attention_mask.ndim > 2:
+        return remembered, explicit_mask(attention_mask, batch, sequence, cached + sequence)
+    if attention_mask.shape not in ([batch, sequence], [batch, cached + sequence]):
+        raise ErnieError(
+            f"attention_mask: expected [{batch}, {sequence}] like input_ids"
+            + (f" or [{batch}, {cached + sequence}] with the cached tokens" if cached else "")
+            + f", found {attention_mask.shape}"
+        )
+    padding = attention_mask.astype("bool")
+    if padding.shape[1] == sequence and cached:
+        before = remembered if remembered is not None else paddle.ones([batch, cached], dtype="bool")
+        padding = paddle.concat([before, padding], axis=1)
+    return (None if bool(padding.all()) else padding), None
+
+
+def _default_positions(batch: int, sequence: int, padding: Tensor | None, cache: KVCache | None) -> Tensor:
+    """Positions [batch, sequence] that count tokens which are not padding, continuing after the cache."""
+    start = paddle.zeros([batch, 1], dtype="int64")
+    if cache is not None and cache.next_position is not None:
+        start = cache.next_position.unsqueeze(1)
+    if padding is None:
+        return start + paddle.arange(sequence).unsqueeze(0)
+    new = padding[:, -sequence:].astype("int64")
+    return paddle.clip(start + paddle.cumsum(new, axis=1) - 1, min=0)

@@ -1,0 +1,181 @@
+"""The mixture-of-experts layer: a router and banks of experts.
+
+A bank is (router weight, correction bias, experts), and every token belongs to exactly one bank. Text models have
+one bank, vision-language models two; nothing here depends on the number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import paddle
+from paddle import Tensor, nn
+
+from ernie45 import ops
+from ernie45.config import BankConfig, ErnieConfig
+from ernie45.models.layers import MLP, ZEROS
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one bank's router decided for T tokens, for losses, bias updates and pictures.
+
+    Attributes:
+        layer: index of the decoder layer.
+        bank: index of the bank.
+        logits: [T, E] float32.
+        probabilities: [T, E] float32, softmax (or sigmoid) of the logits, without the bias.
+        indices: [T, K] int64, the chosen experts.
+        weights: [T, K] float32, the weights with which their outputs are summed.
+    """
+
+    layer: int
+    bank: int
+    logits: Tensor
+    probabilities: Tensor
+    indices: Tensor
+    weights: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """[E] int64: assignments per expert."""
+        return paddle.bincount(self.indices.flatten(), minlength=self.logits.shape[-1])
+
+
+class Router(nn.Layer):
+    """Router weights [hidden_size, experts] in float32, one per bank: `weight`, `weight_1`, ..."""
+
+    def __init__(self, config: ErnieConfig):
+        super().__init__()
+        for number, bank in enumerate(config.banks):
+            parameter = self.create_parameter(
+                [config.hidden_size, bank.num_experts], dtype="float32", default_initializer=ZEROS
+            )
+            self.add_parameter(router_weight_name(number), parameter)
+
+    def forward(self, x: Tensor, bank: int) -> Tensor:
+        """x [tokens, hidden_size] of any dtype -> logits [tokens, experts] float32."""
+        return ops.linear(x.astype("float32"), getattr(self, router_weight_name(bank)))
+
+
+def router_weight_name(bank: int) -> str:
+    """Published name of a bank's router weight inside `mlp.gate`."""
+    return f"weight_{bank}" if bank else "weight"
+
+
+class MoEStatics(nn.Layer):
+    """Correction bias [banks, experts] in float32. It is not trained by gradient but moved after each step."""
+
+    def __init__(self, banks: tuple[BankConfig, ...]):
+        super().__init__()
+        self.e_score_correction_bias = self.create_parameter(
+            [len(banks), banks[0].num_experts], dtype="float32", default_initializer=ZEROS
+        )
+        self.e_score_correction_bias.stop_gradient = True
+
+
+class ExpertBank(nn.Layer):
+    """SwiGLU experts of one bank, stacked: up_gate_proj [E, hidden, 2 * width], down_proj [E, width, hidden]."""
+
+    def __init__(self, config: ErnieConfig, bank: BankConfig, dtype: str):
+        super().__init__()
+        experts, width = bank.num_experts, bank.intermediate_size
+        self.up_gate_proj = self.create_parameter(
+            [experts, config.hidden_size, 2 * width], dtype=dtype, default_initializer=ZEROS
+        )
+        self.down_proj = self.create_parameter(
+            [experts, width, config.hidden_size], dtype=dtype, default_initializer=ZEROS
+        )
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts; experts that nobody chose are not computed.
+
+        Args:
+            x: [tokens, hidden_size]
+            indices: [tokens, k] int64
+            weights: [tokens, k] in the dtype of x
+
+        Returns:
+            [tokens, hidden_size]
+        """
+        tokens, k = indices.shape
+        flat = indices.flatten()
+        order = paddle.argsort(flat, stable=True)
+        counts = paddle.bincount(flat, minlength=self.up_gate_proj.shape[0]).tolist()
+        rows = paddle.split(paddle.gather(x, order // k), [count for count in counts if count], axis=0)
+        up_gate, down = paddle.unbind(self.up_gate_proj), paddle.unbind(self.down_proj)
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        outputs = [
+            ops.linear(ops.swiglu(ops.linear(part, up_gate[expert])), down[expert])
+            for expert, part in zip(chosen, rows, strict=True)
+        ]
+        by_token = paddle.gather(paddle.concat(outputs, axis=0), paddle.argsort(order))
+        return (by_token.reshape([tokens, k, -1]) * weights.unsqueeze(-1)).sum(axis=1)
+
+
+class MoE(nn.Layer):
+    """Routed experts of the token's bank plus shared experts for every token."""
+
+    def __init__(self, config: ErnieConfig, layer: int, dtype: str):
+        super().__init__()
+        self.layer = layer
+        self.config = config
+        self.gate = Router(config)
+        self.moe_statics = MoEStatics(config.banks) if config.moe_use_aux_free else None
+        self.experts = nn.LayerList([ExpertBank(config, bank, dtype) for bank in config.banks])
+        shared = config.shared_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared, dtype) if shared else None
+
+    def forward(self, x: Tensor, banks: Tensor | None = None, routing: list[Routing] | None = None) -> Tensor:
+        """x [batch, sequence, hidden_size] -> the same shape.
+
+        Args:
+            banks: [batch, sequence] int, the bank of each token; None: all tokens belong to the first bank.
+            routing: a list to which this layer appends what its routers decided.
+        """
+        rows = x.flatten(0, -2)
+        if banks is None:
+            routed = self.route(rows, 0, routing)
+        else:
+            routed = self.route_by_bank(rows, banks.flatten(), routing)
+        routed = routed.reshape(x.shape)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def route(self, rows: Tensor, bank: int, routing: list[Routing] | None) -> Tensor:
+        """Sends rows [tokens, hidden_size] through the experts that the bank's router chooses."""
+        config = self.config
+        logits = self.gate(rows, bank)
+        bias = None if self.moe_statics is None else self.moe_statics.e_score_correction_bias[bank]
+        probabilities, indices, weights = ops.moe_gate(
+            logits, bias, config.moe_k, config.moe_gate_act, config.moe_norm_gate_logits, config.moe_norm_min
+        )
+        if routing is not None:
+            routing.append(Routing(self.layer, bank, logits, probabilities, indices, weights))
+        return self.experts[bank](rows, indices, weights.astype(rows.dtype))
+
+    def route_by_bank(self, rows: Tensor, banks: Tensor, routing: list[Routing] | None) -> Tensor:
+        """Routes each group of rows inside its own bank and puts the results back in order."""
+        routed = paddle.zeros_like(rows)
+        for bank in range(len(self.experts)):
+            members = paddle.nonzero(banks == bank).flatten()
+            if members.shape[0]:
+                part = self.route(paddle.gather(rows, members), bank, routing)
+                routed = paddle.scatter_nd_add(routed, members.unsqueeze(-1), part)
+        return routed
+
+
+_STACKED = re.compile(r"^(.*\.mlp\.experts\.)(\d+)\.(up_gate_proj|down_proj)$")
+
+
+def published_tensors(name: str, parameter: Tensor, banks: tuple[BankConfig, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Presents one parameter under its published names: stacked experts one by one, as views; all else as it is."""
+    match = _STACKED.match(name)
+    if match is None:
+        yield name, parameter
+        return
+    prefix, bank, projection = match[1], int(match[2]), match[3]
+    first = sum(b.num_experts for b in banks[:bank])
+    for expert in range(parameter.shape[0]):
+        yield f"{prefix}{first + expert}.{projection}.weight", parameter.detach()[expert]

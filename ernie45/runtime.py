@@ -1,0 +1,54 @@
+"""Settings of the process that make Paddle use the CPU that it has."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import paddle
+
+
+@functools.cache
+def prepare_cpu() -> None:
+    """Uses all physical cores, and MKL's fast kernels on AMD processors; leaves alone what the user has decided.
+
+    Paddle starts with one thread unless OMP_NUM_THREADS says otherwise. The MKL in its wheel takes its slowest path
+    on processors that are not Intel's; MKL_DEBUG_CPU_TYPE=5 chooses the AVX2 kernels (read at the first matmul).
+    """
+    if not _user_chose_threads():
+        set_num_threads(physical_cores())
+    if "AuthenticAMD" in _read("/proc/cpuinfo"):
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+
+
+def set_num_threads(count: int) -> None:
+    """Sets the number of CPU threads of Paddle's matrix products."""
+    if count < 1:
+        raise ValueError(f"set_num_threads: expected at least 1, found {count}")
+    paddle.base.core.set_num_threads(count)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hardware threads of one core counted once."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    packages, cores = [], set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "physical id":
+            packages.append(value.strip())
+        elif key.strip() == "core id" and packages:
+            cores.add((packages[-1], value.strip()))
+    return min(allowed, len(cores) or allowed)
+
+
+def _user_chose_threads() -> bool:
+    """Paddle itself sets OMP_NUM_THREADS to 1 when it is imported, so a 1 only counts if the process began with it."""
+    return os.environ.get("OMP_NUM_THREADS", "1") != "1" or "OMP_NUM_THREADS=" in _read("/proc/self/environ")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
