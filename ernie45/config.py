@@ -8,7 +8,7 @@ the renamed keys, and what a missing key means.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,17 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "moe_gate_act": ("softmax", "sigmoid", None),
 }
 
+# Far beyond every published model. A damaged config.json must not make the library build endless tables of tensors.
+UPPER_LIMITS = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 2048,
+    "moe_num_shared_experts": 1000,
+    "num_nextn_predict_layers": 100,
+}
+MAX_EXPERTS_OF_ALL_LAYERS = 50_000
+
 ARCHITECTURES = {  # model_type -> (-Paddle spelling, -PT spelling)
     "ernie4_5": ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeForCausalLM"),
@@ -94,8 +105,8 @@ class ErnieConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0  # 0: as many as num_attention_heads
+    head_dim: int = 0  # 0: hidden_size // num_attention_heads
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
@@ -122,9 +133,9 @@ class ErnieConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
+        if self.num_key_value_heads == 0:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None and _is_positive(self.num_attention_heads):
+        if self.head_dim == 0 and _is_positive(self.num_attention_heads) and _is_positive(self.hidden_size):
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         problems = list(_problems(self))
         if problems:
@@ -172,7 +183,7 @@ class ErnieConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint folder needs the published config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number too long
             raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from error
         try:
             return cls.from_dict(raw)
@@ -182,7 +193,7 @@ class ErnieConfig:
     def to_dict(self, layout: str = "paddle") -> dict[str, Any]:
         """The content of config.json for the layout "paddle" or "pt", unknown keys included."""
         model_type = self.extra.get("model_type", self.model_type)
-        spellings = ARCHITECTURES.get(model_type, ARCHITECTURES[self.model_type])
+        spellings = ARCHITECTURES.get(str(model_type), ARCHITECTURES[self.model_type])
         content: dict[str, Any] = {
             **self.extra,
             "architectures": [spellings[0 if layout == "paddle" else 1]],
@@ -247,7 +258,9 @@ _REQUIRED = (
 def is_pt_config(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is in the -PT spelling (it says which defaults hold for missing keys)."""
     marks = ("torch_dtype", "transformers_version", "rope_parameters")
-    return any(key in raw for key in marks) or "Ernie4_5ForCausalLM" in (raw.get("architectures") or ())
+    architectures = raw.get("architectures")
+    named = isinstance(architectures, list | tuple | str) and "Ernie4_5ForCausalLM" in architectures
+    return named or any(key in raw for key in marks)
 
 
 def _flatten(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,11 +285,12 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _problems(config: ErnieConfig):  # type: ignore[no-untyped-def]
+def _problems(config: ErnieConfig) -> Iterator[str]:
     """Everything that is wrong with the values, in words."""
     yield from _type_problems(config)
     if next(_type_problems(config), None) is not None:
         return
+    yield from _limit_problems(config)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -294,15 +308,22 @@ def _problems(config: ErnieConfig):  # type: ignore[no-untyped-def]
         yield f"rope scaling {dict(scaling)} is not supported: ERNIE 4.5 computes RoPE without scaling"
 
 
-def _type_problems(config: ErnieConfig):  # type: ignore[no-untyped-def]
+def _type_problems(config: ErnieConfig) -> Iterator[str]:
     positive = (*_REQUIRED, "num_key_value_heads", "head_dim", "moe_layer_interval", "moe_k", "max_position_embeddings")
     for key in positive:
         if not _is_positive(getattr(config, key)):
             yield f"{key} must be a positive integer, found {getattr(config, key)!r}"
-    for key in ("rms_norm_eps", "rope_theta", "compression_ratio", "scale_qk_coeff"):
+    for key in ("rms_norm_eps", "rope_theta", "compression_ratio", "scale_qk_coeff", "moe_norm_min"):
         value = getattr(config, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             yield f"{key} must be a positive number, found {value!r}"
+    for key in ("tie_word_embeddings", "moe_use_aux_free", "moe_norm_gate_logits"):
+        if getattr(config, key) not in (True, False, None):
+            yield f"{key} must be true or false, found {getattr(config, key)!r}"
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = _as_list(getattr(config, key)) if key == "eos_token_id" else [getattr(config, key)]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            yield f"{key} must be an integer, found {getattr(config, key)!r}"
     lists = ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index")
     for key in lists:
         value = getattr(config, key)
@@ -321,3 +342,12 @@ def _type_problems(config: ErnieConfig):  # type: ignore[no-untyped-def]
         yield f"dtype must be float32, float16 or bfloat16, found {config.dtype!r}"
     if config.vision_config is not None and not isinstance(config.vision_config, Mapping):
         yield f"vision_config must be an object, found {type(config.vision_config).__name__}"
+
+
+def _limit_problems(config: ErnieConfig) -> Iterator[str]:
+    for key, limit in UPPER_LIMITS.items():
+        if (getattr(config, key) or 0) > limit:
+            yield f"{key} {getattr(config, key)} exceeds {limit}, far more than any ERNIE 4.5 model has"
+    experts = config.num_hidden_layers * sum(bank.num_experts for bank in config.banks)
+    if experts > MAX_EXPERTS_OF_ALL_LAYERS:
+        yield f"{experts} experts in all layers exceed {MAX_EXPERTS_OF_ALL_LAYERS}, far more than any ERNIE 4.5 model has"

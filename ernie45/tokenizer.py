@@ -70,6 +70,7 @@ class ErnieTokenizer:
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{files.where(files.model_file)}: sentencepiece cannot load it: {error}") from error
         self._ids = {token: index for index, token in vocabulary.tokens.items()}
+        self._length = max(vocabulary.tokens) + 1
         self._space_symbol_ids = _space_symbol_ids(vocabulary)
         longest_first = sorted(vocabulary.atomic, key=len, reverse=True)
         self._atomic = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -107,7 +108,7 @@ class ErnieTokenizer:
 
     def __len__(self) -> int:
         """One more than the highest token id. Generation must mask the ids from here to the model's vocab_size."""
-        return max(self.vocabulary.tokens) + 1
+        return self._length
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -196,8 +197,7 @@ class ErnieTokenizer:
             pad_token_id = self.pad_token_id
             if pad_token_id is None:
                 raise ErnieError("padding: this tokenizer has no pad_token. Encode the texts one by one.")
-            rows = [_pad(row, rows, pad_token_id, side) for row in rows]
-            masks = [_pad(mask, masks, 0, side) for mask in masks]
+            rows, masks = _pad(rows, pad_token_id, side), _pad(masks, 0, side)
         return {"input_ids": _as_tensor(rows, return_tensors), "attention_mask": _as_tensor(masks, return_tensors)}
 
     def apply_chat_template(
@@ -215,7 +215,8 @@ class ErnieTokenizer:
         Args:
             messages: [{"role": ..., "content": ...}, ...] as in `ernie45.chat.render_chat`. Special strings inside the
                 contents become special tokens too: remove them from text that is not trusted.
-            add_generation_prompt: end with the header of the assistant's turn.
+            add_generation_prompt: end with the header of the assistant's turn. Always handed to the template: the
+                published ones take it as true where it is undefined.
             enable_thinking: handed to the template unless None; what None means is the template's choice.
             tools: descriptions of functions, as JSON-like dicts.
             chat_template: the name of one of `chat_templates`, or the source of another template.
@@ -278,9 +279,10 @@ def _check_padding_side(side: str, where: str) -> None:
         raise ErnieError(f'{where} is {side!r}, expected "left" or "right".')
 
 
-def _pad(row: list[int], rows: list[list[int]], value: int, side: str) -> list[int]:
-    padding = [value] * (max(map(len, rows)) - len(row))
-    return padding + row if side == "left" else row + padding
+def _pad(rows: list[list[int]], value: int, side: str) -> list[list[int]]:
+    longest = max(map(len, rows), default=0)
+    padding = [[value] * (longest - len(row)) for row in rows]
+    return [more + row if side == "left" else row + more for row, more in zip(rows, padding, strict=True)]
 
 
 def _as_tensor(rows: list[list[int]], kind: str | None) -> Any:

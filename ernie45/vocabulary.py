@@ -101,7 +101,7 @@ class Vocabulary:
 
 def parse_sentencepiece(content: bytes, where: str) -> Any:
     """The sentencepiece ModelProto in `content`. Raises TokenizerError if it is not a whole one."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
     if content.startswith(b"version https://git-lfs"):
@@ -119,8 +119,9 @@ def parse_sentencepiece(content: bytes, where: str) -> Any:
         )
     seen: set[str] = set()
     for index, piece in enumerate(proto.pieces):
-        if not piece.piece or piece.piece in seen:
-            raise TokenizerError(f"{where}: piece {index} ({piece.piece!r}) is empty or a duplicate. {advice}")
+        # protobuf hands a text that is not UTF-8 over as bytes
+        if not isinstance(piece.piece, str) or not piece.piece or piece.piece in seen:
+            raise TokenizerError(f"{where}: piece {index} ({piece.piece!r}) is empty, a duplicate or no text. {advice}")
         if piece.type == BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", piece.piece):
             raise TokenizerError(f"{where}: byte piece {index} is {piece.piece!r}, expected <0x00>..<0xFF>. {advice}")
         seen.add(piece.piece)
@@ -168,7 +169,7 @@ def _added_entries(files: TokenizerFiles) -> Iterator[tuple[str, str, Any, bool]
 
 def read_roles(files: TokenizerFiles, token_ids: Mapping[str, int]) -> dict[str, str | None]:
     """The token text (or None) of each role; tokenizer_config.json goes before special_tokens_map.json."""
-    roles: dict[str, str | None] = {name: text for name, text in PUBLISHED_ROLES.items() if text in token_ids}
+    roles: dict[str, str | None] = {}
     for file in (SPECIAL_TOKENS_FILE, CONFIG_FILE):
         for name, value in files.table(file).items():
             if not name.endswith("_token") or isinstance(value, bool):
@@ -177,7 +178,8 @@ def read_roles(files: TokenizerFiles, token_ids: Mapping[str, int]) -> dict[str,
                 roles.setdefault(name, None)
                 continue
             roles[name] = _existing_token(value, files.where(file), name, token_ids)
-    return roles
+    defaults = {name: text for name, text in PUBLISHED_ROLES.items() if text in token_ids}
+    return {**defaults, **roles}
 
 
 def read_extra_special_tokens(files: TokenizerFiles, token_ids: Mapping[str, int]) -> set[str]:

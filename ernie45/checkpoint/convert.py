@@ -6,6 +6,7 @@ Both stream: a tensor is produced when its turn to be written has come, and drop
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -169,7 +170,8 @@ def _converted_config(source: Path, config: ErnieConfig, layout: str, dtype: str
 
 
 def _canonical(raw: dict[str, Any]) -> set[str]:
-    return {ALIASES.get(key, key) for key in raw} | set(raw.get("rope_parameters") or ())
+    nested = raw.get("rope_parameters")
+    return {ALIASES.get(key, key) for key in raw} | (set(nested) if isinstance(nested, dict) else set())
 
 
 def _copy_small_files(source: Path, destination: Path) -> None:
@@ -177,4 +179,15 @@ def _copy_small_files(source: Path, destination: Path) -> None:
     for file in sorted(source.iterdir()):
         is_weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
         if file.is_file() and not is_weights and file.name != "config.json" and file.stat().st_size < SMALL_FILE_BYTES:
-            shutil.copyfile(file, destination / file.name)
+            _copy_atomically(file, destination / file.name)
+
+
+def _copy_atomically(source: Path, destination: Path) -> None:
+    partial_copy = destination.with_name(destination.name + ".partial")
+    try:
+        shutil.copyfile(source, partial_copy)
+        os.replace(partial_copy, destination)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial_copy.unlink(missing_ok=True)

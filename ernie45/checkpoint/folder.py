@@ -58,6 +58,8 @@ class CheckpointFolder:
         promised = _find_files(self.path, problems)
         opened = _open_files(self.path, promised, problems)
         self.tensors, self._file_of = _merge(opened, problems)
+        if problems and any(self.path.glob("*.partial")):
+            problems.append("files named *.partial: a write to this folder was interrupted, or goes on; write it again")
         _report(self.path, problems)
         self.files = [file.path for file in opened.values()]
         self.metadata: dict[str, str] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -52,9 +51,9 @@ def resolve_folder(
         CheckpointError: nothing has that name, or the download failed.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and name != "":  # Path("") is the current folder
         return path
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{path}: is a file, expected the folder that holds the model")
     if _PLAIN_NAME.fullmatch(str(name)) and (_SHIPPED_MODELS / str(name)).is_dir():
         return _SHIPPED_MODELS / str(name)
@@ -153,7 +152,7 @@ def _explain(error: Exception, hub: str, repository: str, revision: str | None) 
         return f"{where}: has no revision {revision!r}; leave it out or name a branch, tag or commit of it.{cause}"
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
         return (
-            f"{where}: not (completely) in the cache, and {_why_unreachable()}. No folder has that name either.{cause}"
+            f"{where}: not (completely) in the cache, and {_why_not_fetched()}. No folder has that name either.{cause}"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{where}: cannot be stored at {error.filename}: {error.strerror}; name another place with cache_dir"
@@ -163,11 +162,15 @@ def _explain(error: Exception, hub: str, repository: str, revision: str | None) 
     )
 
 
-def _why_unreachable() -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+def _why_not_fetched() -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids to download: unset it, or give a folder"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    return f"{endpoint} cannot be reached: check the network, set HF_ENDPOINT to a mirror, or give a folder"
+    return (
+        f"{constants.ENDPOINT} cannot be reached or does not have it: check the network and the name, set HF_ENDPOINT "
+        "to a mirror, or give a folder"
+    )
 
 
 def _suggestion(name: str) -> str:

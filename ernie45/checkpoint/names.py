@@ -7,11 +7,13 @@ weights [in, out] with fused Q|K|V and gate|up, -PT stores them [out, in] and sp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ernie45.checkpoint.dtypes import DTYPES, dtype_from_framework_name
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError
 
@@ -77,7 +79,7 @@ class TensorSpec:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def stored(self, layout: str) -> tuple[Part, ...]:
         """The tensors that hold it in this layout: itself in the -Paddle layout, its parts in the -PT layout."""
@@ -106,6 +108,12 @@ def checkpoint_tensors(config: ErnieConfig, *, mtp: bool = True, vision: bool = 
     if vision and config.vision_config is not None:
         specs += table.vision_tower() + table.adapter()
     return specs
+
+
+def weight_bytes(specs: Iterable[TensorSpec], dtype: str) -> int:
+    """Bytes of the weights in memory or in a file; float32 tensors stay float32."""
+    item = DTYPES[dtype_from_framework_name(dtype)].item_size
+    return sum(spec.size * (4 if spec.float32 else item) for spec in specs)
 
 
 def detect_layout(names: Iterable[str], where: str) -> str:
@@ -156,6 +164,7 @@ class _Table:
     def __init__(self, config: ErnieConfig):
         self.config = config
         self.hidden = config.hidden_size
+        self.qkv_columns = _qkv_columns(config)
 
     # How a tensor is laid out.
 
@@ -198,7 +207,7 @@ class _Table:
         norms = "norms" if group == "attention" else group
         return [
             self.copy(f"{prefix}.input_layernorm.weight", norms, self.hidden),
-            self.fused(f"{prefix}.self_attn", "qkv_proj", group, _qkv_columns(config)),
+            self.fused(f"{prefix}.self_attn", "qkv_proj", group, self.qkv_columns),
             self.linear(
                 f"{prefix}.self_attn.o_proj.weight", group, config.num_attention_heads * config.head_dim, self.hidden
             ),
@@ -277,7 +286,7 @@ class _Table:
 
 def _qkv_columns(config: ErnieConfig) -> dict[str, slice | np.ndarray]:
     """Columns of Q, K and V in the fused projection: three blocks, or side by side per head without grouping."""
-    heads, groups, dim = config.num_attention_heads, config.num_key_value_heads or 0, config.head_dim or 0
+    heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     keys = ("q_proj", "k_proj", "v_proj")
     if heads == groups:
         columns = np.arange(3 * heads * dim).reshape(heads, 3, dim)

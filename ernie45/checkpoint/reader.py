@@ -14,9 +14,9 @@ import paddle
 from paddle import Tensor
 from tqdm import tqdm
 
-from ernie45.checkpoint.dtypes import DTYPES, FLOAT_DTYPES, convert, dtype_from_framework_name
+from ernie45.checkpoint.dtypes import FLOAT_DTYPES, convert, dtype_from_framework_name
 from ernie45.checkpoint.folder import CheckpointFolder
-from ernie45.checkpoint.names import Part, TensorSpec, detect_layout
+from ernie45.checkpoint.names import Part, TensorSpec, detect_layout, weight_bytes
 from ernie45.errors import CheckpointError
 from ernie45.memory import available_bytes, format_bytes
 
@@ -62,12 +62,6 @@ def memory_problem(specs: Iterable[TensorSpec], dtype: str) -> str | None:
         f"{format_bytes(needed)}, {format_bytes(free)} are free; close other programs, "
         'choose dtype="bfloat16" or a smaller model'
     )
-
-
-def weight_bytes(specs: Iterable[TensorSpec], dtype: str) -> int:
-    """Bytes of the weights in memory or in a file; float32 tensors stay float32."""
-    item = DTYPES[dtype_from_framework_name(dtype)].item_size
-    return sum(spec.size * (4 if spec.float32 else item) for spec in specs)
 
 
 def load(folder: CheckpointFolder, sources: list[Source], parameters: Mapping[str, Tensor], progress: bool) -> None:

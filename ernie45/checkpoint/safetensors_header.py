@@ -123,7 +123,9 @@ def parse_json(content: bytes) -> Any:
         ValueError: invalid UTF-8 or JSON, a duplicate key, nesting too deep, a number of thousands of digits.
     """
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+        )
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
 

@@ -90,7 +90,7 @@ class KVCache:
         buffer = buffers[layer]
         while self.capacity < end:
             self.capacity *= 2
-        if buffer is None or buffer.shape[1] < end:
+        if buffer is None or buffer.shape[1] < end or (not self.length and buffer.shape[0] != new.shape[0]):
             grown = paddle.empty([new.shape[0], self.capacity, *new.shape[2:]], dtype=new.dtype)
             if buffer is not None and self.length:
                 grown[:, : self.length] = buffer[:, : self.length]

@@ -57,6 +57,8 @@ class ErnieForCausalLM(nn.Layer):
     def __init__(self, config: ErnieConfig, dtype: str = "float32", mtp: bool = False, initialize: bool = True):
         super().__init__()
         prepare_cpu()
+        if not mtp:
+            config = config.replace(num_nextn_predict_layers=0)  # the config says what this model holds
         self.config = config
         self.dtype = dtype
         self.generation_config = GenerationConfig.from_model_config(config)

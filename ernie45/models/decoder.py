@@ -141,7 +141,7 @@ class Decoder(nn.Layer):
         for layer in self.layers:
             x = layer(x, rotary, mask, cache, routing=routing)
         if cache is not None:
-            cache.advance(padding, position_ids.astype("int64").max(axis=1) + 1, sequence)
+            cache.advance(padding, _next_position(position_ids, padding, cache), sequence)
         return x, position_ids, mask
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,12 +196,13 @@ def _read_mask(
     if cache is not None and cached and cache.batch_size != batch:
         raise ErnieError(f"cache: holds {cache.batch_size} rows, but input_ids has {batch}")
     remembered = None if cache is None else cache.padding
-    if attention_mask is None:
-        if remembered is None:
-            return None, None
-        return paddle.concat([remembered, paddle.ones([batch, sequence], dtype="bool")], axis=1), None
-    if attention_mask.ndim > 2:
-        return remembered, explicit_mask(attention_mask, batch, sequence, cached + sequence)
+    if attention_mask is None or attention_mask.ndim > 2:
+        explicit = None
+        if attention_mask is not None:
+            explicit = explicit_mask(attention_mask, batch, sequence, cached + sequence)
+        if remembered is not None:
+            remembered = paddle.concat([remembered, paddle.ones([batch, sequence], dtype="bool")], axis=1)
+        return remembered, explicit
     if attention_mask.shape not in ([batch, sequence], [batch, cached + sequence]):
         raise ErnieError(
             f"attention_mask: expected [{batch}, {sequence}] like input_ids"
@@ -224,3 +225,12 @@ def _default_positions(batch: int, sequence: int, padding: Tensor | None, cache:
         return start + paddle.arange(sequence).unsqueeze(0)
     new = padding[:, -sequence:].astype("int64")
     return paddle.clip(start + paddle.cumsum(new, axis=1) - 1, min=0)
+
+
+def _next_position(position_ids: Tensor, padding: Tensor | None, cache: KVCache) -> Tensor:
+    """Position [batch] that follows the tokens seen so far; a chunk that is all padding leaves it as it was."""
+    following = position_ids.astype("int64") + 1
+    if padding is not None:
+        following = following * padding[:, -following.shape[1] :].astype("int64")
+    last = following.max(axis=1)
+    return last if cache.next_position is None else paddle.maximum(last, cache.next_position)

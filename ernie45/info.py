@@ -1,0 +1,161 @@
+"""What `ernie45 info` prints: the architecture, its size by part, and whether this machine can hold it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ernie45.checkpoint.dtypes import DTYPES, dtype_from_framework_name
+from ernie45.checkpoint.hub import resolve_folder
+from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors, settle_config, weight_bytes
+from ernie45.config import ErnieConfig
+from ernie45.errors import ErnieError
+from ernie45.memory import available_bytes, format_bytes
+
+DTYPE_CHOICES = ("float32", "bfloat16", "float16")
+# Most specific first: every published name contains one of these.
+PUBLISHED_CONFIGS = {
+    "VL-424B": "ernie-4.5-vl-424b-a47b",
+    "VL-28B": "ernie-4.5-vl-28b-a3b",
+    "300B": "ernie-4.5-300b-a47b",
+    "21B": "ernie-4.5-21b-a3b",
+    "0.3B": "ernie-4.5-0.3b",
+}
+
+
+def find_config(name: str) -> tuple[ErnieConfig, str]:
+    """Finds the architecture without downloading weights.
+
+    Args:
+        name: a checkpoint folder, a config.json, a published name (read from the configurations that come with the
+            package, without network), or another name on a hub (downloads config.json alone).
+
+    Returns:
+        the config, and where it was found.
+    """
+    path = Path(name)
+    if path.exists():
+        config = ErnieConfig.from_pretrained(path)
+        return (settle_config(config, _stored_names(path)) if _stored_names(path) else config), str(path)
+    packaged = _packaged_config(name)
+    if packaged is not None:
+        return ErnieConfig.from_pretrained(packaged), f"configs/{packaged.name}"
+    folder = resolve_folder(name, allow_patterns=["config.json", "*.safetensors.index.json"])
+    return ErnieConfig.from_pretrained(folder), str(folder)
+
+
+def describe(name: str) -> str:
+    """The report on one model as text.
+
+    Raises:
+        ErnieError: there is no such model, or its config is broken.
+    """
+    config, where = find_config(name)
+    specs = checkpoint_tensors(config)
+    sections = [
+        f"{name}  ({config.model_type}, {where})",
+        _table(["architecture", ""], _architecture(config)),
+        _table(["part", "parameters", "share", "used per token"], _parameters(config, specs)),
+        _table(["dtype", "weights", "KV cache per token", "here"], _memory(config, specs)),
+    ]
+    return "\n\n".join(sections)
+
+
+def active_parameters(config: ErnieConfig, spec: TensorSpec) -> float:
+    """Parameters of this tensor that a text token uses: moe_k of E experts, nothing that only pictures need."""
+    if spec.group in ("vision experts", "vision tower", "adapter", "multi-token prediction"):
+        return 0
+    if spec.group in ("experts", "text experts"):
+        return spec.size * config.moe_k / config.banks[0].num_experts
+    return spec.size
+
+
+def cache_bytes_per_token(config: ErnieConfig, dtype: str) -> int:
+    """Bytes of keys and values that one token adds to the cache of all layers."""
+    item = DTYPES[dtype_from_framework_name(dtype)].item_size
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
+
+
+def _architecture(config: ErnieConfig) -> list[list[str]]:
+    moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+    rows = [
+        ["layers", f"{config.num_hidden_layers}" + (f", {len(moe_layers)} with experts" if moe_layers else "")],
+        ["hidden size", f"{config.hidden_size}"],
+        ["attention", f"{config.num_attention_heads} heads, {config.num_key_value_heads} kv heads of {config.head_dim}"],
+        ["feed-forward width", f"{config.intermediate_size}"],
+        ["vocabulary", f"{config.vocab_size}, head {'tied' if config.tie_word_embeddings else 'untied'}"],
+        ["context", f"{config.max_position_embeddings} tokens, RoPE base {config.rope_theta:g}"],
+    ]
+    for number, bank in enumerate(config.banks):
+        kind = "experts" if len(config.banks) == 1 else ("text experts", "vision experts")[number]
+        layers = f"layers {bank.first_layer} to {bank.last_layer}"
+        rows.append([kind, f"{bank.num_experts} of width {bank.intermediate_size}, {config.moe_k} per token, {layers}"])
+    if config.banks:
+        bias = {True: "yes", False: "no", None: "decided by the files"}[config.moe_use_aux_free]
+        rows.append(["shared experts", f"{config.moe_num_shared_experts}"])
+        rows.append(["correction bias", bias])
+    rows.append(["multi-token prediction", f"{config.num_nextn_predict_layers or 0} blocks"])
+    return rows
+
+
+def _parameters(config: ErnieConfig, specs: Iterable[TensorSpec]) -> list[list[str]]:
+    sizes: dict[str, int] = {}
+    active: dict[str, float] = {}
+    for spec in specs:
+        sizes[spec.group] = sizes.get(spec.group, 0) + spec.size
+        active[spec.group] = active.get(spec.group, 0) + active_parameters(config, spec)
+    total = sum(sizes.values())
+    rows = [[group, f"{n:,}", f"{n / total:.1%}", f"{round(active[group]):,}"] for group, n in sizes.items()]
+    return [*rows, ["total", f"{total:,}", "100.0%", f"{round(sum(active.values())):,}"]]
+
+
+def _memory(config: ErnieConfig, specs: list[TensorSpec]) -> list[list[str]]:
+    free = available_bytes()
+    rows = []
+    for dtype in DTYPE_CHOICES:
+        weights = weight_bytes(specs, dtype)
+        fits = "unknown" if free is None else ("fits" if weights < free else "does not fit")
+        note = "" if free is None else f" in {format_bytes(free)} of free memory"
+        cache = format_bytes(cache_bytes_per_token(config, dtype))
+        rows.append([dtype, format_bytes(weights), cache, fits + note])
+    return rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    numeric = [all(re.fullmatch(r"[\d,.%]+", row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True))
+        for row in [head, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _packaged_config(name: str) -> Path | None:
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    stem = name.lower().removesuffix(".json")
+    if (folder / f"{stem}.json").is_file():
+        return folder / f"{stem}.json"
+    if "ernie-4.5" not in stem:
+        return None
+    for mark, config in PUBLISHED_CONFIGS.items():
+        if re.search(rf"ernie-4\.5-{re.escape(mark.lower())}(-|$)", stem):
+            return folder / f"{config}.json"
+    return None
+
+
+def _stored_names(path: Path) -> list[str]:
+    """Names of the tensors in a checkpoint folder, from headers or the index; empty if there are no weights."""
+    from ernie45.checkpoint.folder import CheckpointFolder
+
+    if not path.is_dir() or not any(path.glob("*.safetensors")):
+        index = path / "model.safetensors.index.json"
+        return list(json.loads(index.read_text())["weight_map"]) if index.is_file() else []
+    try:
+        with CheckpointFolder(path) as folder:
+            return list(folder.tensors)
+    except ErnieError:
+        return []

@@ -1,0 +1,34 @@
+"""A conversation of several turns: the cache is kept, so each turn only computes its new tokens.
+
+    python examples/chat.py                               asks a few prepared questions
+    python examples/chat.py "23+58=?" "Reverse: 4 7 1"    asks yours
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ernie45 import ErnieForCausalLM, ErnieTokenizer, KVCache
+
+QUESTIONS = ["23+58=?", "81-23=?", "哪个更大，45还是54？"]
+
+
+def main() -> None:
+    """Prints the conversation as it comes."""
+    tokenizer = ErnieTokenizer.from_pretrained("ernie45-tiny")
+    model = ErnieForCausalLM.from_pretrained("ernie45-tiny")
+    cache, messages = KVCache(model.config), []
+    for question in sys.argv[1:] or QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        print(f"User: {question}\nAssistant: ", end="")
+        answer = ""
+        prompt = tokenizer.apply_chat_template(messages)
+        for piece in model.stream(prompt, tokenizer=tokenizer, cache=cache, max_new_tokens=64):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""Trains a small ERNIE 4.5 mixture of experts from nothing, on questions that `tiny_tasks.py` writes.
+
+    python examples/train_tiny.py --output build/tiny --minutes 60          # stop it any time, then
+    python examples/train_tiny.py --output build/tiny --minutes 60 --resume
+    python tools/tiny_accuracy.py build/tiny
+
+A plain loop on this library's layers. Conversations in the chat format are packed into rows, with a mask that keeps
+them apart; the loss is that of the answers, plus the router losses of every mixture-of-experts layer; after each
+optimizer step the routers' correction biases move towards an even load. The output folder is a checkpoint in the
+published -Paddle layout with its tokenizer, beside `training.json`, the report of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tiny_tasks import sample
+from tiny_tokenizer import build_tokenizer
+from tqdm import tqdm
+
+from ernie45 import ErnieConfig, ErnieForCausalLM, ErnieTokenizer
+from ernie45.losses import load_balance_loss, orthogonalization_loss, router_z_loss, update_correction_bias
+from ernie45.models.moe import MoE, Routing
+from ernie45.runtime import set_num_threads
+
+# The architecture of ERNIE-4.5-21B-A3B, made small: a dense first layer, then routed experts beside shared ones.
+MODEL: dict[str, Any] = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "model_type": "ernie4_5_moe",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "moe_num_experts": 16,
+    "moe_k": 2,
+    "moe_intermediate_size": 160,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+    "moe_use_aux_free": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BALANCE, ORTHOGONALITY, Z = 1e-2, 1e-2, 1e-4  # coefficients of the router losses, as in the published configs
+BIAS_RATE = 1e-3  # how far a correction bias moves per step
+IGNORED = -100
+SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer briefly.", "你是一个乐于助人的助手。", "请简短回答。")
+TURN_SHARES = (70, 15, 10, 5)  # how many conversations in 100 have one, two, three, four questions
+
+
+Conversation = tuple[list[int], list[int]]  # token ids, labels
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def draw_conversation(rng: random.Random, encode: Callable[[str], list[int]], end: int) -> Conversation:
+    """Token ids of one conversation, and for each the label: the next token of an answer, or `IGNORED`.
+
+    The prompt and the answer are encoded apart, as at inference, where the model continues the prompt's ids.
+    The label after an answer is always `end`; the token that follows it in the conversation is the separator.
+    """
+    prompt = "<|begin_of_sentence|>"
+    if rng.random() < 0.05:
+        prompt += rng.choice(SYSTEM_MESSAGES) + "\n"
+    ids: list[int] = []
+    labels: list[int] = []
+    for _ in range(rng.choices((1, 2, 3, 4), TURN_SHARES)[0]):
+        question = sample(rng)
+        asked = encode(f"{prompt}User: {question.prompt}\nAssistant: ")
+        answer = encode(question.answer)
+        ids += asked + answer
+        labels += [IGNORED] * (len(asked) - 1) + answer + [end]
+        prompt = "<|end_of_sentence|>"
+    return ids, labels
+
+
+def draw_conversations(rng: random.Random, encode: Callable[[str], list[int]], end: int) -> Iterator[Conversation]:
+    while True:
+        yield draw_conversation(rng, encode, end)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed conversations: int64 [rows, length], but end_rows int32 [rows, 1, length, 1]; and their token count."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    end_rows: np.ndarray
+    tokens: int
+
+
+def pack(conversations: Iterator[Conversation], rows: int, length: int) -> Batch:
+    """Fills rows with whole conversations until a few in a row fit nowhere; the padding is one more document."""
+    input_ids = np.zeros((rows, length), np.int64)
+    labels = np.full((rows, length), IGNORED, np.int64)
+    position_ids = np.zeros((rows, length), np.int64)
+    end_rows = np.full((rows, length), length, np.int32)
+    used = np.zeros(rows, np.int64)
+    rejected = 0
+    for ids, targets in conversations:
+        fits = np.flatnonzero(used + len(ids) <= length)
+        if fits.size == 0:
+            rejected += 1
+            if rejected == 4:
+                break
+            continue
+        row, start = fits[0], used[fits[0]]
+        stop = start + len(ids)
+        input_ids[row, start:stop], labels[row, start:stop] = ids, targets
+        position_ids[row, start:stop], end_rows[row, start:stop] = np.arange(len(ids)), stop
+        used[row] = stop
+    for row, start in enumerate(used):
+        position_ids[row, start:] = np.arange(length - start)
+    return Batch(input_ids, labels, position_ids, end_rows.reshape(rows, 1, length, 1), int(used.sum()))
+
+
+# ----------------------------------------------------------------------------------------------------------- learning
+
+
+def answer_loss(model: ErnieForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, list[Routing]]:
+    """Mean cross-entropy of the answers, the share of their tokens predicted rightly, and what the routers did."""
+    routing: list[Routing] = []
+    hidden = model.ernie(
+        paddle.to_tensor(batch.input_ids),
+        position_ids=paddle.to_tensor(batch.position_ids),
+        attn_mask_startend_row_indices=paddle.to_tensor(batch.end_rows),
+        routing=routing,
+    )
+    labels = batch.labels.flatten()
+    places = np.flatnonzero(labels != IGNORED)  # only these rows go through the head
+    targets = paddle.to_tensor(labels[places])
+    logits = model.lm_head(paddle.gather(hidden.flatten(0, 1), paddle.to_tensor(places)))
+    right = (logits.detach().argmax(axis=-1) == targets).astype("float32").mean()
+    return paddle.nn.functional.cross_entropy(logits, targets), right, routing
+
+
+def router_loss(routing: list[Routing], routers: dict[int, MoE], k: int) -> Tensor:
+    """The weighted sum of the three router losses over all mixture-of-experts layers."""
+    terms = [
+        BALANCE * load_balance_loss(step.probabilities, k)
+        + ORTHOGONALITY * orthogonalization_loss(routers[step.layer].gate.weight)
+        + Z * router_z_loss(step.logits)
+        for step in routing
+    ]
+    return paddle.add_n(terms)
+
+
+def learning_rate(peak: float, step: int, progress: float, warmup: int = 50) -> float:
+    """Linear warm-up, then constant, then a linear descent to zero over the last third of the run."""
+    return peak * min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 3)
+
+
+def make_optimizer(model: ErnieForCausalLM, rate: float) -> paddle.optimizer.AdamW:
+    decayed = {p.name for p in model.parameters() if p.ndim > 1}
+    return paddle.optimizer.AdamW(
+        learning_rate=rate,
+        beta1=0.9,
+        beta2=0.98,
+        weight_decay=0.05,
+        parameters=[p for p in model.parameters() if not p.stop_gradient],
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
+        apply_decay_param_fun=decayed.__contains__,
+    )
+
+
+def average_over_workers(model: ErnieForCausalLM, counts: dict[int, Tensor]) -> None:
+    """Averages the gradients over all workers and sums the experts' token counts, in place; alone, changes nothing."""
+    workers = paddle.distributed.get_world_size()
+    if workers == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = paddle.concat([gradient.flatten() for gradient in gradients])
+    paddle.distributed.all_reduce(flat)
+    parts = paddle.split(flat / workers, [gradient.size for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.reshape(gradient.shape), True)
+    for count in counts.values():
+        paddle.distributed.all_reduce(count)
+
+
+def agreed(seconds: float) -> float:
+    """The first worker's clock, so that all workers stop at the same step."""
+    if paddle.distributed.get_world_size() == 1:
+        return seconds
+    clock = paddle.to_tensor([seconds], dtype="float64")
+    paddle.distributed.broadcast(clock, src=0)
+    return float(clock)
+
+
+def expert_load(counts: dict[int, Tensor]) -> dict[str, float]:
+    """How many times the mean load the busiest expert of each layer carries: 1 is even, the expert count the worst."""
+    wide = {layer: count.astype("float32") for layer, count in counts.items()}
+    return {str(layer): round(float(count.max() / count.mean()), 3) for layer, count in wide.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+CHECKPOINT, REPORT = "checkpoint.safetensors", "training.json"
+
+
+@dataclass
+class Report:
+    """The record of a run, written as training.json and kept through checkpoints."""
+
+    seed: int
+    rows: int
+    length: int
+    learning_rate: float
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    expert_load_at_start: dict[str, float] = field(default_factory=dict)
+    expert_load_at_end: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def save(output: Path, model: ErnieForCausalLM, optimizer: Any, report: Report) -> None:
+    """Writes the model in bfloat16, the report, and all that a resumed run needs in one safetensors file."""
+    model.save_pretrained(output, dtype="bfloat16", progress=False)
+    tensors = {f"model.{name}": value.numpy() for name, value in model.named_parameters()}
+    tensors |= {f"optimizer.{name}": v.numpy() for name, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
+    text = json.dumps(asdict(report), indent=1) + "\n"
+    replace_file(output / CHECKPOINT, lambda unfinished: save_file(tensors, unfinished, metadata={"report": text}))
+    replace_file(output / REPORT, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def load_checkpoint(path: Path, model: ErnieForCausalLM, optimizer: Any) -> Report:
+    """Puts a checkpoint's state into the model and the optimizer; returns the report so far."""
+    parameters, moments = dict(model.named_parameters()), {}
+    with safe_open(path, "np") as file:
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            owner, _, name = key.partition(".")
+            if owner == "model":
+                parameters[name].set_value(file.get_tensor(key))
+            else:
+                moments[name] = paddle.to_tensor(file.get_tensor(key))
+        report = Report(**json.loads(file.metadata()["report"]))
+    optimizer.set_state_dict(moments)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of: the folder, its length, the seed, the batch, and the peak of the learning rate.
+
+    `steps` and `minutes`: whichever is used up first ends the run; parts before a resume are counted in.
+    `rows` rows of `length` tokens make the batch of one worker. `changes` are config keys that differ from `MODEL`.
+    """
+
+    output: Path
+    steps: int = 6000
+    minutes: float = math.inf
+    seed: int = 0
+    workers: int = 1
+    rows: int = 32
+    length: int = 128
+    rate: float = 2e-3
+    save_minutes: float = 3.0
+    resume: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def train(settings: Settings) -> Report:
+    """Trains and leaves a checkpoint folder with training.json at `settings.output`; one call per worker."""
+    paddle.seed(settings.seed)
+    if settings.workers > 1:
+        paddle.distributed.init_parallel_env()
+        set_num_threads(1)
+    first = paddle.distributed.get_rank() == 0
+    tokenizer = ErnieTokenizer.from_pretrained(settings.output)
+    vocabulary = math.ceil(len(tokenizer) / 64) * 64
+    config = ErnieConfig.from_dict({**MODEL, "vocab_size": vocabulary, **settings.changes})
+    model = ErnieForCausalLM(config)
+    model.train()
+    routers = {index: layer.mlp for index, layer in enumerate(model.ernie.layers) if isinstance(layer.mlp, MoE)}
+    optimizer = make_optimizer(model, settings.rate)
+    report = Report(settings.seed, settings.workers * settings.rows, settings.length, settings.rate)
+    if settings.resume:
+        report = load_checkpoint(settings.output / CHECKPOINT, model, optimizer)
+
+    bar = tqdm(total=settings.steps, initial=report.steps, unit="step", mininterval=1.0, disable=not first)
+    saved = report.seconds
+    while (progress := max(report.steps / settings.steps, report.seconds / 60 / settings.minutes)) < 1:
+        began = time.monotonic()
+        optimizer.set_lr(learning_rate(settings.rate, report.steps, progress))
+        rng = random.Random(f"{settings.seed} {report.steps} {paddle.distributed.get_rank()}")
+        batch = pack(draw_conversations(rng, tokenizer.encode, config.eos_token_id), settings.rows, settings.length)
+        loss, right, routing = answer_loss(model, batch)
+        (loss + router_loss(routing, routers, config.moe_k)).backward()
+        counts = {step.layer: step.counts for step in routing}
+        average_over_workers(model, counts)
+        optimizer.step()
+        optimizer.clear_grad()
+        for layer, count in counts.items():
+            update_correction_bias(routers[layer].moe_statics.e_score_correction_bias, count.unsqueeze(0), BIAS_RATE)
+
+        if report.steps % 20 == 0:
+            point = {"step": report.steps, "loss": round(float(loss), 4), "right": round(float(right), 4)}
+            report.curve.append(point)
+            report.expert_load_at_end = expert_load(counts)
+            report.expert_load_at_start = report.expert_load_at_start or report.expert_load_at_end
+            bar.set_postfix(point | {"tokens/s": int(report.tokens / max(report.seconds, 1e-9))}, refresh=False)
+        report.steps += 1
+        report.tokens += batch.tokens * settings.workers
+        report.seconds = agreed(report.seconds + time.monotonic() - began)
+        bar.update()
+        if first and report.seconds - saved > settings.save_minutes * 60:
+            save(settings.output, model, optimizer, report)
+            saved = report.seconds
+    bar.close()
+    if first:
+        save(settings.output, model, optimizer, report)
+    return report
+
+
+def parse_arguments() -> Settings:
+    parser = argparse.ArgumentParser(description="Train a small ERNIE 4.5 mixture of experts.")
+    parser.add_argument("--output", type=Path, default=Path("build/tiny"), help="checkpoint folder (build/tiny)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (6000)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this much training time")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the questions (0)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the batch, one thread each (1)")
+    parser.add_argument("--rows", type=int, default=32, help="rows of 128 tokens in the batch of a worker (32)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak of the learning rate (2e-3)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    return Settings(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    settings = parse_arguments()
+    build_tokenizer(settings.output)
+    if settings.workers == 1:
+        train(settings)
+    else:
+        paddle.distributed.spawn(train, args=(settings,), nprocs=settings.workers, backend="gloo")
+    report = json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
+    print(f"{report['tokens']:,} tokens in {report['seconds']:.0f} s; busiest expert, times the mean load:")
+    print(f"  at the start {report['expert_load_at_start']}, at the end {report['expert_load_at_end']}")
