@@ -207,7 +207,7 @@ def agreed(seconds: float) -> float:
         return seconds
     clock = paddle.to_tensor([seconds], dtype="float64")
     paddle.distributed.broadcast(clock, src=0)
-    return float(clock)
+    return clock.item()
 
 
 def expert_load(counts: dict[int, Tensor]) -> dict[str, float]:

@@ -134,4 +134,5 @@ def _narrow_to_odd(values: np.ndarray) -> np.ndarray:
     inexact = (nearest != values) & ~np.isnan(values)
     went_outwards = np.abs(nearest) > np.abs(values)
     bits = nearest.view(np.uint32)
-    return ((bits - (inexact & went_outwards)) | inexact).astype(np.uint32).view(np.float32)
+    odd: np.ndarray = ((bits - (inexact & went_outwards)) | inexact).astype(np.uint32)
+    return odd.view(np.float32)

@@ -108,7 +108,7 @@ def _download_aistudio(repository: str, revision: str | None, cache_dir: str | P
     _announce(repository, "AI Studio", cache_dir or "its own cache")
     # This SDK knows no cache folder, only a folder for the files themselves.
     local_dir = None if cache_dir is None else str(Path(cache_dir) / repository)
-    return snapshot_download(repo_id=repository, revision=revision, local_dir=local_dir, allow_patterns=patterns)
+    return str(snapshot_download(repo_id=repository, revision=revision, local_dir=local_dir, allow_patterns=patterns))
 
 
 def _download_modelscope(
@@ -120,7 +120,7 @@ def _download_modelscope(
         raise _missing_package("ModelScope", "modelscope") from error
     _announce(repository, "ModelScope", cache_dir or "its own cache")
     cache = None if cache_dir is None else str(cache_dir)
-    return snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=patterns)
+    return str(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=patterns))
 
 
 def _missing_package(hub: str, package: str) -> CheckpointError:

@@ -111,9 +111,10 @@ def _parse_header(content: bytes, path: Path) -> dict[str, Any]:
     if not content.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file: its header begins with {content[:8]!r}, not with '{{'")
     try:
-        return parse_json(content)
+        header: dict[str, Any] = parse_json(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged header: {error}; download it again") from error
+    return header
 
 
 def parse_json(content: bytes) -> Any:

@@ -285,8 +285,7 @@ def _put_in_place(folder: Path, names: list[str], *, has_index: bool) -> None:
     checkpoint, the new one, or visibly missing shards.
     """
     index_path = folder / INDEX_NAME
-    if has_index and any((folder / name).exists() for name in names):
-        index_path.unlink(missing_ok=True)
+    if has_index:
         for name in names:
             (folder / name).unlink(missing_ok=True)
     for name in names:

@@ -58,7 +58,7 @@ def test_single_file_is_readable_by_the_safetensors_package(tmp_path: Path) -> N
         assert loaded[name]["data"] == array.tobytes() and tuple(loaded[name]["shape"]) == array.shape
         assert loaded[name]["dtype"] == (name if name in DTYPES else "F32")
     with CheckpointFolder(tmp_path / "new" / "folder") as checkpoint:
-        assert all(checkpoint.read(name).flags.aligned for name in arrays)
+        assert all(entry.start % DTYPES[entry.dtype].item_size == 0 for entry in checkpoint.tensors.values())
         assert all(checkpoint.read(name).tobytes() == array.tobytes() for name, array in arrays.items())
         assert all(checkpoint.tensors[p.name].dtype == p.dtype for p in plans)
         assert checkpoint.metadata == {"format": "np"}

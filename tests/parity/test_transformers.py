@@ -1,0 +1,155 @@
+"""Twenty drawn architectures against transformers, in both directions and both layouts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie45.checkpoint.convert import convert_checkpoint
+from ernie45.models.causal_lm import ErnieForCausalLM
+from tests.helpers.tiny import difference, greedy, read_folder, same_bits, tiny_config, tiny_model
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+STEPS = 24
+TOLERANCE = 1e-4  # relative to the largest logit
+CLOSE_CALL = 1e-3  # from the first step on whose two best logits are closer than this, greedy tokens may differ
+
+EXPERTS = "eager"  # torch's grouped product refuses expert widths that are not multiples of 4
+
+seeds = pytest.mark.parametrize("seed", range(20))
+
+
+def draw(seed: int) -> dict[str, Any]:
+    """An architecture as keys that both libraries understand; every third one is dense."""
+    generator = np.random.default_rng(seed)
+
+    def pick(*options: Any) -> Any:
+        return options[generator.integers(len(options))]
+
+    heads, kv_heads = pick((4, 4), (3, 3), (4, 2), (6, 2), (4, 1))
+    layers = pick(2, 3, 4)
+    keys: dict[str, Any] = {
+        "vocab_size": pick(97, 128),
+        "hidden_size": pick(24, 32, 40),
+        "intermediate_size": pick(36, 64),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": pick(4, 8, 10, 16),
+        "rms_norm_eps": pick(1e-5, 1e-6),
+        "tie_word_embeddings": bool(generator.integers(2)),
+    }
+    if seed % 3:
+        keys |= {
+            "moe_num_experts": pick(4, 5, 8),
+            "moe_k": pick(1, 2, 3, 4),
+            "moe_intermediate_size": pick(6, 16),
+            "moe_num_shared_experts": seed % 4 % 3,
+            "moe_layer_start_index": pick(0, 1),
+            "moe_layer_end_index": pick(-1, layers - 1, 1),
+            "moe_layer_interval": pick(1, 1, 2),
+        }
+    return keys
+
+
+def test_the_draw_covers_what_it_should() -> None:
+    drawn = [draw(seed) for seed in range(20)]
+    mixtures = [keys for keys in drawn if "moe_num_experts" in keys]
+    assert any(keys["num_attention_heads"] == keys["num_key_value_heads"] for keys in drawn)
+    assert any(keys["num_attention_heads"] != keys["num_key_value_heads"] for keys in drawn)
+    assert any(keys["head_dim"] != keys["hidden_size"] // keys["num_attention_heads"] for keys in drawn)
+    assert {keys["tie_word_embeddings"] for keys in mixtures} == {True, False}
+    assert {keys["moe_num_shared_experts"] for keys in mixtures} == {0, 1, 2}
+    assert {keys["moe_layer_start_index"] for keys in mixtures} == {0, 1}
+    assert {keys["moe_layer_interval"] for keys in mixtures} == {1, 2}
+    assert any(0 <= keys["moe_layer_end_index"] < keys["num_hidden_layers"] - 1 for keys in mixtures)
+
+
+def build(keys: dict[str, Any], seed: int) -> Any:
+    """A transformers model whose every parameter is random, norms and correction bias included."""
+    kind = "Ernie4_5_Moe" if "moe_num_experts" in keys else "Ernie4_5"
+    config = getattr(transformers, f"{kind}Config")(
+        **keys, rope_parameters={"rope_type": "default", "rope_theta": 10000.0 * (1 + seed % 3)}
+    )
+    torch.manual_seed(seed)
+    config._experts_implementation = EXPERTS
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.normal_()
+            if tensor.ndim == 1:
+                tensor.mul_(0.2).add_(1)
+            else:
+                tensor.mul_(0.05 if name.endswith("e_score_correction_bias") else tensor.shape[-1] ** -0.5)
+    return model
+
+
+def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+def continuation_of(model: Any, ids: np.ndarray) -> tuple[np.ndarray, int]:
+    """Greedy ids [1, STEPS], and the number of steps before the first close call."""
+    found = model.generate(
+        torch.from_numpy(ids),
+        attention_mask=torch.ones(ids.shape, dtype=torch.int64),
+        do_sample=False,
+        max_new_tokens=STEPS,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best_two = torch.stack(found.logits)[:, 0].topk(2).values
+    close = (best_two[:, 0] - best_two[:, 1] < CLOSE_CALL).nonzero().flatten().tolist()
+    return found.sequences[:, ids.shape[1] :].numpy(), close[0] if close else STEPS
+
+
+def relative_error(found: Any, expected: np.ndarray) -> float:
+    return difference(found, expected) / float(np.abs(expected).max())
+
+
+@seeds
+def test_reads_what_transformers_writes(seed: int, tmp_path: Path) -> None:
+    keys = draw(seed)
+    theirs = build(keys, seed)
+    theirs.save_pretrained(tmp_path / "pt")
+    convert_checkpoint(tmp_path / "pt", tmp_path / "paddle", layout="paddle", progress=False)
+    ids = np.random.default_rng(seed).integers(3, keys["vocab_size"], (2, 17))
+    expected, (continuation, certain) = logits_of(theirs, ids), continuation_of(theirs, ids[:1])
+    assert certain >= STEPS // 2, "too few steps to compare; draw another seed"
+    for layout in ("pt", "paddle"):
+        ours = ErnieForCausalLM.from_pretrained(tmp_path / layout, dtype="float32", progress=False)
+        with paddle.no_grad():
+            assert relative_error(ours(paddle.to_tensor(ids)), expected) < TOLERANCE
+        found = greedy(ours, ids[:1], STEPS)
+        assert found[:, :certain].tolist() == continuation[:, :certain].tolist()
+
+
+@seeds
+def test_transformers_reads_what_we_write(seed: int, tmp_path: Path) -> None:
+    keys = draw(seed)
+    ours = tiny_model(tiny_config(keys, moe_use_aux_free="moe_num_experts" in keys), seed)
+    ours.save_pretrained(tmp_path / "direct", layout="pt", progress=False)
+    ours.save_pretrained(tmp_path / "paddle", layout="paddle", progress=False)
+    convert_checkpoint(tmp_path / "paddle", tmp_path / "converted", layout="pt", progress=False)
+    assert same_bits(read_folder(tmp_path / "direct"), read_folder(tmp_path / "converted"))
+    ids = np.random.default_rng(seed).integers(3, keys["vocab_size"], (2, 17))
+    for folder in ("direct", "converted"):
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, dtype=torch.float32, experts_implementation=EXPERTS, output_loading_info=True
+        )
+        assert not any(report.values()), report
+        with paddle.no_grad():
+            assert relative_error(ours(paddle.to_tensor(ids)), logits_of(theirs, ids)) < TOLERANCE

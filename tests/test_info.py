@@ -1,0 +1,69 @@
+"""ernie45 info: sizes by part, memory, and where the architecture comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ernie45 import info
+from ernie45.checkpoint.names import checkpoint_tensors
+from ernie45.errors import ErnieError
+
+
+@pytest.mark.parametrize(
+    ("name", "config_file"),
+    [
+        ("baidu/ERNIE-4.5-0.3B-Base-PT", "ernie-4.5-0.3b.json"),
+        ("baidu/ERNIE-4.5-21B-A3B-Thinking", "ernie-4.5-21b-a3b.json"),
+        ("ernie-4.5-300b-a47b", "ernie-4.5-300b-a47b.json"),
+        ("baidu/ERNIE-4.5-VL-28B-A3B-Paddle", "ernie-4.5-vl-28b-a3b.json"),
+        ("baidu/ERNIE-4.5-VL-424B-A47B-Base-Paddle", "ernie-4.5-vl-424b-a47b.json"),
+    ],
+)
+def test_published_names_need_no_network(name: str, config_file: str) -> None:
+    assert info.find_config(name)[1] == f"configs/{config_file}"
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [  # billions; active as in the models' names: A3B, A47B
+        ("ernie-4.5-0.3b", 0.361, 0.361),
+        ("ernie-4.5-21b-a3b", 21.949, 3.352),
+        ("ernie-4.5-300b-a47b", 299.627, 47.079),
+        ("ernie-4.5-vl-28b-a3b", 29.399, 3.357),
+    ],
+)
+def test_parameter_counts(name: str, total: float, active: float) -> None:
+    config, _ = info.find_config(name)
+    specs = checkpoint_tensors(config)
+    assert sum(spec.size for spec in specs) / 1e9 == pytest.approx(total, abs=5e-4)
+    assert sum(info.active_parameters(config, spec) for spec in specs) / 1e9 == pytest.approx(active, abs=5e-4)
+
+
+def test_cache_bytes_per_token() -> None:
+    config, _ = info.find_config("ernie-4.5-0.3b")
+    assert info.cache_bytes_per_token(config, "bfloat16") == 2 * 18 * 2 * 128 * 2
+
+
+def test_report_says_whether_the_machine_can_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "available_bytes", lambda: 1_000_000_000)
+    rows = [line.split() for line in info.describe("ernie-4.5-0.3b").splitlines()]
+    verdicts = {row[0]: " ".join(row) for row in rows if row and row[0] in ("float32", "bfloat16")}
+    assert "1.44 GB" in verdicts["float32"] and "does not fit in 1 GB" in verdicts["float32"]
+    assert "721 MB" in verdicts["bfloat16"] and "does not fit" not in verdicts["bfloat16"]
+
+
+def test_folder_with_weights_settles_what_the_config_leaves_open(reference: Path) -> None:
+    report = info.describe(str(reference / "moe" / "paddle"))
+    assert "head untied" in report
+    assert "correction bias         yes" in report
+
+
+def test_unknown_name_and_broken_config(tmp_path: Path) -> None:
+    with pytest.raises(ErnieError, match="ERNIE-4.5-7B"):
+        info.describe("ERNIE-4.5-7B")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 10}))
+    with pytest.raises(ErnieError, match="hidden_size"):
+        info.describe(str(tmp_path))
