@@ -91,9 +91,7 @@ def run_convert(options: argparse.Namespace) -> None:
     from ernie45.checkpoint.convert import convert_checkpoint
     from ernie45.checkpoint.hub import resolve_folder
 
-    convert_checkpoint(
-        resolve_folder(options.source), options.destination, layout=options.layout, dtype=options.dtype
-    )
+    convert_checkpoint(resolve_folder(options.source), options.destination, layout=options.layout, dtype=options.dtype)
     print(f"wrote {options.destination}", file=sys.stderr)
 
 

@@ -83,7 +83,10 @@ def _architecture(config: ErnieConfig) -> list[list[str]]:
     rows = [
         ["layers", f"{config.num_hidden_layers}" + (f", {len(moe_layers)} with experts" if moe_layers else "")],
         ["hidden size", f"{config.hidden_size}"],
-        ["attention", f"{config.num_attention_heads} heads, {config.num_key_value_heads} kv heads of {config.head_dim}"],
+        [
+            "attention",
+            f"{config.num_attention_heads} heads, {config.num_key_value_heads} kv heads of {config.head_dim}",
+        ],
         ["feed-forward width", f"{config.intermediate_size}"],
         ["vocabulary", f"{config.vocab_size}, head {'tied' if config.tie_word_embeddings else 'untied'}"],
         ["context", f"{config.max_position_embeddings} tokens, RoPE base {config.rope_theta:g}"],
@@ -127,7 +130,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     numeric = [all(re.fullmatch(r"[\d,.%]+", row[i]) for row in rows) for i in range(len(head))]
     lines = [
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True))
+        "  ".join(
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
+        )
         for row in [head, ["-" * width for width in widths], *rows]
     ]
     return "\n".join(line.rstrip() for line in lines)

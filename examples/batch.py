@@ -1,6 +1,6 @@
 """Answers several questions in one batch; every answer is the same as if its question were asked alone.
 
-    python examples/batch.py
+python examples/batch.py
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ def main() -> None:
     tokenizer = ErnieTokenizer.from_pretrained("ernie45-tiny")
     model = ErnieForCausalLM.from_pretrained("ernie45-tiny")
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
-        for question in QUESTIONS
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False) for question in QUESTIONS
     ]
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pd")
     ids, _ = model.generate(**batch, tokenizer=tokenizer, max_new_tokens=32)

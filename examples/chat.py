@@ -1,7 +1,7 @@
 """A conversation of several turns: the cache is kept, so each turn only computes its new tokens.
 
-    python examples/chat.py                               asks a few prepared questions
-    python examples/chat.py "23+58=?" "Reverse: 4 7 1"    asks yours
+python examples/chat.py                               asks a few prepared questions
+python examples/chat.py "23+58=?" "Reverse: 4 7 1"    asks yours
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes a -Paddle checkpoint in the -PT layout and back, and shows that no bit changes.
 
-    python examples/convert.py                 the small model that comes with the package
-    python examples/convert.py FOLDER          a checkpoint of yours
+python examples/convert.py                 the small model that comes with the package
+python examples/convert.py FOLDER          a checkpoint of yours
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main() -> None:
         before, after = CheckpointFolder(source), CheckpointFolder(back)
         same = all(np.array_equal(before.read(name), after.read(name)) for name in before.tensors)
         pt_tensors = len(CheckpointFolder(there).tensors)
-    print(f"{len(before.tensors)} tensors -> {pt_tensors} in the -PT layout -> back: {'identical' if same else 'CHANGED'}")
+    print(
+        f"{len(before.tensors)} tensors -> {pt_tensors} in the -PT layout -> back: {'identical' if same else 'CHANGED'}"
+    )
 
 
 if __name__ == "__main__":

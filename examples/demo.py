@@ -1,6 +1,6 @@
 """Asks the small model that comes with the package three questions and prints how fast it answers.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from __future__ import annotations

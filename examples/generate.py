@@ -1,7 +1,7 @@
 """Continues or answers one prompt.
 
-    python examples/generate.py "81-23=?"
-    python examples/generate.py --model baidu/ERNIE-4.5-0.3B-Paddle --sample "Write a haiku about Beijing."
+python examples/generate.py "81-23=?"
+python examples/generate.py --model baidu/ERNIE-4.5-0.3B-Paddle --sample "Write a haiku about Beijing."
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import paddle
 from paddle import Tensor
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny_tasks import sample
+from tiny_data import IGNORED, Batch, draw_conversations, pack
 from tiny_tokenizer import build_tokenizer
 from tqdm import tqdm
 
@@ -39,102 +39,16 @@ from ernie45.runtime import set_num_threads
 
 # The architecture of ERNIE-4.5-21B-A3B, made small: a dense first layer, then routed experts beside shared ones.
 MODEL: dict[str, Any] = {
-    "architectures": ["Ernie4_5_MoeForCausalLM"],
-    "model_type": "ernie4_5_moe",
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "moe_num_experts": 16,
-    "moe_k": 2,
-    "moe_intermediate_size": 160,
-    "moe_num_shared_experts": 1,
-    "moe_layer_start_index": 1,
-    "moe_layer_end_index": -1,
-    "moe_layer_interval": 1,
-    "moe_use_aux_free": True,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe",
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "moe_num_experts": 16, "moe_k": 2, "moe_intermediate_size": 160, "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_use_aux_free": True,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 BALANCE, ORTHOGONALITY, Z = 1e-2, 1e-2, 1e-4  # coefficients of the router losses, as in the published configs
 BIAS_RATE = 1e-3  # how far a correction bias moves per step
-IGNORED = -100
-SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer briefly.", "你是一个乐于助人的助手。", "请简短回答。")
-TURN_SHARES = (70, 15, 10, 5)  # how many conversations in 100 have one, two, three, four questions
-
-
-Conversation = tuple[list[int], list[int]]  # token ids, labels
-
-# --------------------------------------------------------------------------------------------------------------- data
-
-
-def draw_conversation(rng: random.Random, encode: Callable[[str], list[int]], end: int) -> Conversation:
-    """Token ids of one conversation, and for each the label: the next token of an answer, or `IGNORED`.
-
-    The prompt and the answer are encoded apart, as at inference, where the model continues the prompt's ids.
-    The label after an answer is always `end`; the token that follows it in the conversation is the separator.
-    """
-    prompt = "<|begin_of_sentence|>"
-    if rng.random() < 0.05:
-        prompt += rng.choice(SYSTEM_MESSAGES) + "\n"
-    ids: list[int] = []
-    labels: list[int] = []
-    for _ in range(rng.choices((1, 2, 3, 4), TURN_SHARES)[0]):
-        question = sample(rng)
-        asked = encode(f"{prompt}User: {question.prompt}\nAssistant: ")
-        answer = encode(question.answer)
-        ids += asked + answer
-        labels += [IGNORED] * (len(asked) - 1) + answer + [end]
-        prompt = "<|end_of_sentence|>"
-    return ids, labels
-
-
-def draw_conversations(rng: random.Random, encode: Callable[[str], list[int]], end: int) -> Iterator[Conversation]:
-    while True:
-        yield draw_conversation(rng, encode, end)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed conversations: int64 [rows, length], but end_rows int32 [rows, 1, length, 1]; and their token count."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    end_rows: np.ndarray
-    tokens: int
-
-
-def pack(conversations: Iterator[Conversation], rows: int, length: int) -> Batch:
-    """Fills rows with whole conversations until a few in a row fit nowhere; the padding is one more document."""
-    input_ids = np.zeros((rows, length), np.int64)
-    labels = np.full((rows, length), IGNORED, np.int64)
-    position_ids = np.zeros((rows, length), np.int64)
-    end_rows = np.full((rows, length), length, np.int32)
-    used = np.zeros(rows, np.int64)
-    rejected = 0
-    for ids, targets in conversations:
-        fits = np.flatnonzero(used + len(ids) <= length)
-        if fits.size == 0:
-            rejected += 1
-            if rejected == 4:
-                break
-            continue
-        row, start = fits[0], used[fits[0]]
-        stop = start + len(ids)
-        input_ids[row, start:stop], labels[row, start:stop] = ids, targets
-        position_ids[row, start:stop], end_rows[row, start:stop] = np.arange(len(ids)), stop
-        used[row] = stop
-    for row, start in enumerate(used):
-        position_ids[row, start:] = np.arange(length - start)
-    return Batch(input_ids, labels, position_ids, end_rows.reshape(rows, 1, length, 1), int(used.sum()))
 
 
 # ----------------------------------------------------------------------------------------------------------- learning

@@ -114,8 +114,8 @@ def main() -> None:
     print(f"{options.model}, {options.dtype}, on {cpu_name()}, {physical_cores()} cores, Paddle {paddle.__version__}\n")
     print("| what | measured | limit of this machine | share |\n|---|---|---|---|")
     print(f"| load | {load['seconds']:.2f} s | | |")
-    held, growth = load["held"], load["peak"] - load["before"]
-    print(f"| peak memory while loading | {format_bytes(growth)} | {format_bytes(held)} of weights | {growth / held:.2f} |")
+    held, peak = load["held"], load["peak"] - load["before"]
+    print(f"| peak memory while loading | {format_bytes(peak)} | {format_bytes(held)} of weights | {peak / held:.2f} |")
     for what, found, limit in (
         (f"prefill of {options.prompt} tokens", prefill, prefill_limit),
         (f"decode of {options.new} tokens", decode, decode_limit),

@@ -1,0 +1,104 @@
+"""The command line, run in this process with the embedded model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ernie45 import cli
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    status = cli.main(list(arguments))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_generate_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "generate", "--prompt", "23+58=?") == (0, "81\n", "")
+
+
+def test_generate_reads_the_prompt_from_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("81-23=?"))
+    assert run(capsys, "generate")[1] == "58\n"
+
+
+def test_generate_raw_continues_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    raw = "<|begin_of_sentence|>User: 23+58=?\nAssistant: "
+    assert run(capsys, "generate", "--raw", "--prompt", raw)[1] == "81\n"
+
+
+def test_chat_answers_every_line_and_starts_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("23+58=?\n\n81-23=?\n/new\n23+58=?\n"))
+    assert run(capsys, "chat") == (0, "81\n58\n81\n", "")
+
+
+def test_ctrl_c_keeps_what_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def pieces() -> Iterator[str]:
+        yield "half an "
+        yield "answer"
+        raise KeyboardInterrupt
+
+    assert cli._print_stream(pieces()) == "half an answer"
+    assert capsys.readouterr().out == "half an answer\n"
+
+
+def test_ctrl_c_while_loading_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert run(capsys, "generate", "--prompt", "a") == (130, "", "\n")
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info", "baidu/ERNIE-4.5-0.3B-Paddle")
+    assert status == 0
+    assert "360,748,032" in out
+
+
+def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path, reference: Path) -> None:
+    source, there, back = reference / "moe" / "paddle", tmp_path / "pt", tmp_path / "paddle"
+    assert run(capsys, "convert", str(source), str(there), "--layout", "pt")[0] == 0
+    assert (there / "model.safetensors").read_bytes() != (source / "model.safetensors").read_bytes()
+    assert run(capsys, "convert", str(there), str(back), "--layout", "paddle")[0] == 0
+    report = run(capsys, "info", str(back))[1]
+    assert report.replace(str(back), "X") == run(capsys, "info", str(source))[1].replace(str(source), "X")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--prompt", ""), "the prompt is empty"),
+        (("generate", "no-such-folder", "--prompt", "a"), "no-such-folder"),
+        (("info", "no-such-model"), "no-such-model"),
+        (("convert", "no-such-folder", "somewhere"), "no-such-folder"),
+        (("generate", "--prompt", "a", "--temperature", "0", "--sample"), "temperature"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "info", "convert"])
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"Example:  ernie45 {command}" in capsys.readouterr().out
