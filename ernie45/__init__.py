@@ -7,22 +7,28 @@ any other third-party package is loaded before a name that needs it is asked for
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import parse_response
     from .config import ErnieConfig
+    from .generation.prompt_cache import PromptCache
     from .models.cache import KVCache
     from .models.causal_lm import ErnieForCausalLM
     from .tokenizer import ErnieTokenizer
 
 __version__ = "0.1.0"
 
+# Paddle says this at every import; a compiler cache concerns nobody who runs a model.
+warnings.filterwarnings("ignore", "No ccache found", UserWarning)
+
 __all__ = [
     "ErnieConfig",
     "ErnieForCausalLM",
     "ErnieTokenizer",
     "KVCache",
+    "PromptCache",
     "__version__",
     "parse_response",
 ]
@@ -32,6 +38,7 @@ _HOMES = {
     "ErnieForCausalLM": ".models.causal_lm",
     "ErnieTokenizer": ".tokenizer",
     "KVCache": ".models.cache",
+    "PromptCache": ".generation.prompt_cache",
     "parse_response": ".chat",
 }
 

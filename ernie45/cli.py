@@ -110,11 +110,11 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_chat(options: argparse.Namespace) -> None:
     """A conversation on the terminal; Ctrl-C stops an answer and keeps what was printed, Ctrl-D ends."""
-    from ernie45.models.cache import KVCache
+    from ernie45.generation.prompt_cache import PromptCache
 
     model, tokenizer = _load(options)
     system = [{"role": "system", "content": options.system}] if options.system else []
-    messages, cache = list(system), KVCache(model.config)
+    messages, cache = list(system), PromptCache(model.config)
     interactive = sys.stdin.isatty()
     if interactive:
         print("Ask something. /new starts again, Ctrl-C stops an answer, Ctrl-D ends.")

@@ -36,14 +36,13 @@ def find_config(name: str) -> tuple[ErnieConfig, str]:
         the config, and where it was found.
     """
     path = Path(name)
-    if path.exists():
-        config = ErnieConfig.from_pretrained(path)
-        return (settle_config(config, _stored_names(path)) if _stored_names(path) else config), str(path)
-    packaged = _packaged_config(name)
-    if packaged is not None:
-        return ErnieConfig.from_pretrained(packaged), f"configs/{packaged.name}"
-    folder = resolve_folder(name, allow_patterns=["config.json", "*.safetensors.index.json"])
-    return ErnieConfig.from_pretrained(folder), str(folder)
+    if not path.exists():
+        packaged = _packaged_config(name)
+        if packaged is not None:
+            return ErnieConfig.from_pretrained(packaged), f"configs/{packaged.name}"
+        path = resolve_folder(name, allow_patterns=["config.json", "*.safetensors.index.json"])
+    config, stored = ErnieConfig.from_pretrained(path), _stored_names(path)
+    return (settle_config(config, stored) if stored else config), str(path)
 
 
 def describe(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ernie45 import ErnieForCausalLM, ErnieTokenizer
 
-QUESTIONS = ["12+30=?", "What is 230 minus 118?", "5, 9, 13, 17, ?", "星期二之后3天是星期几？"]
+QUESTIONS = ["12+30=?", "What is 230 minus 118?", "5, 9, 13, 17, what comes next?", "星期二过3天是星期几？"]
 
 
 def main() -> None:

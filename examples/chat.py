@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import sys
 
-from ernie45 import ErnieForCausalLM, ErnieTokenizer, KVCache
+from ernie45 import ErnieForCausalLM, ErnieTokenizer, PromptCache
 
-QUESTIONS = ["23+58=?", "81-23=?", "哪个更大，45还是54？"]
+QUESTIONS = ["23+58=?", "81-23=?", "45和54哪个大？"]
 
 
 def main() -> None:
     """Prints the conversation as it comes."""
     tokenizer = ErnieTokenizer.from_pretrained("ernie45-tiny")
     model = ErnieForCausalLM.from_pretrained("ernie45-tiny")
-    cache, messages = KVCache(model.config), []
+    cache, messages = PromptCache(model.config), []
     for question in sys.argv[1:] or QUESTIONS:
         messages.append({"role": "user", "content": question})
         print(f"User: {question}\nAssistant: ", end="")
         answer = ""
-        prompt = tokenizer.apply_chat_template(messages)
-        for piece in model.stream(prompt, tokenizer=tokenizer, cache=cache, max_new_tokens=64):
+        for piece in model.stream(messages, tokenizer=tokenizer, cache=cache, max_new_tokens=64):
             print(piece, end="", flush=True)
             answer += piece
         print()

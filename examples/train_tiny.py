@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from muon import Muon
 from paddle import Tensor
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -82,22 +83,51 @@ def router_loss(routing: list[Routing], routers: dict[int, MoE], k: int) -> Tens
     return paddle.add_n(terms)
 
 
-def learning_rate(peak: float, step: int, progress: float, warmup: int = 50) -> float:
-    """Linear warm-up, then constant, then a linear descent to zero over the last third of the run."""
-    return peak * min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 3)
+@paddle.no_grad()
+def shrink_residual_outputs(model: ErnieForCausalLM) -> None:
+    """Scales what every layer adds to the stream by 1 / sqrt(2 layers) at the start, as ERNIE's pre-training does."""
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.set_value(parameter / math.sqrt(2 * model.config.num_hidden_layers))
 
 
-def make_optimizer(model: ErnieForCausalLM, rate: float) -> paddle.optimizer.AdamW:
-    decayed = {p.name for p in model.parameters() if p.ndim > 1}
-    return paddle.optimizer.AdamW(
-        learning_rate=rate,
-        beta1=0.9,
-        beta2=0.98,
-        weight_decay=0.05,
-        parameters=[p for p in model.parameters() if not p.stop_gradient],
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
-        apply_decay_param_fun=decayed.__contains__,
-    )
+class Optimizers:
+    """Muon for the matrices of attention and MLPs, AdamW for all else: experts, routers, embedding, norms."""
+
+    def __init__(self, model: ErnieForCausalLM, rate: float, matrix_rate: float):
+        trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+        matrices = {name: p for name, p in trained.items() if name.endswith("_proj.weight")}
+        self.rate, self.matrix_rate = rate, matrix_rate
+        self.muon = Muon(list(matrices.values()))
+        self.adamw = paddle.optimizer.AdamW(
+            learning_rate=rate,
+            beta1=0.9,
+            beta2=0.98,
+            weight_decay=0.05,
+            parameters=[p for name, p in trained.items() if name not in matrices],
+            grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
+            apply_decay_param_fun={p.name for p in trained.values() if p.ndim > 1}.__contains__,
+        )
+
+    def step(self, schedule: float) -> None:
+        """One update with `schedule` times the peak rates; clears the gradients."""
+        self.adamw.set_lr(self.rate * schedule)
+        self.adamw.step()
+        self.adamw.clear_grad()
+        self.muon.step(self.matrix_rate * schedule)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        moments = {f"adamw.{name}": v for name, v in self.adamw.state_dict().items() if isinstance(v, Tensor)}
+        return moments | {f"muon.{name}": value for name, value in self.muon.state_dict().items()}
+
+    def set_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.adamw.set_state_dict({name[6:]: v for name, v in state.items() if name.startswith("adamw.")})
+        self.muon.set_state_dict({name[5:]: v for name, v in state.items() if name.startswith("muon.")})
+
+
+def schedule(step: int, progress: float, warmup: int = 50) -> float:
+    """Factor of the learning rates: a linear warm-up, then 1, then a linear descent to 0 over the last third."""
+    return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 3)
 
 
 def average_over_workers(model: ErnieForCausalLM, counts: dict[int, Tensor]) -> None:
@@ -143,7 +173,6 @@ class Report:
     seed: int
     rows: int
     length: int
-    learning_rate: float
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -159,28 +188,28 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(unfinished, path)
 
 
-def save(output: Path, model: ErnieForCausalLM, optimizer: Any, report: Report) -> None:
+def save(output: Path, model: ErnieForCausalLM, optimizers: Optimizers, report: Report) -> None:
     """Writes the model in bfloat16, the report, and all that a resumed run needs in one safetensors file."""
     model.save_pretrained(output, dtype="bfloat16", progress=False)
     tensors = {f"model.{name}": value.numpy() for name, value in model.named_parameters()}
-    tensors |= {f"optimizer.{name}": v.numpy() for name, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
+    tensors |= {f"optimizer.{name}": value.numpy() for name, value in optimizers.state_dict().items()}
     text = json.dumps(asdict(report), indent=1) + "\n"
     replace_file(output / CHECKPOINT, lambda unfinished: save_file(tensors, unfinished, metadata={"report": text}))
     replace_file(output / REPORT, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
-def load_checkpoint(path: Path, model: ErnieForCausalLM, optimizer: Any) -> Report:
+def load_checkpoint(path: Path, model: ErnieForCausalLM, optimizers: Optimizers) -> Report:
     """Puts a checkpoint's state into the model and the optimizer; returns the report so far."""
-    parameters, moments = dict(model.named_parameters()), {}
+    parameters, state = dict(model.named_parameters()), {}
     with safe_open(path, "np") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             owner, _, name = key.partition(".")
             if owner == "model":
                 parameters[name].set_value(file.get_tensor(key))
             else:
-                moments[name] = paddle.to_tensor(file.get_tensor(key))
+                state[name] = paddle.to_tensor(file.get_tensor(key))
         report = Report(**json.loads(file.metadata()["report"]))
-    optimizer.set_state_dict(moments)
+    optimizers.set_state_dict(state)
     return report
 
 
@@ -189,7 +218,7 @@ def load_checkpoint(path: Path, model: ErnieForCausalLM, optimizer: Any) -> Repo
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of: the folder, its length, the seed, the batch, and the peak of the learning rate.
+    """What a run is made of: the folder, its length, the seed, the batch, and the peaks of the learning rates.
 
     `steps` and `minutes`: whichever is used up first ends the run; parts before a resume are counted in.
     `rows` rows of `length` tokens make the batch of one worker. `changes` are config keys that differ from `MODEL`.
@@ -200,9 +229,10 @@ class Settings:
     minutes: float = math.inf
     seed: int = 0
     workers: int = 1
-    rows: int = 32
+    rows: int = 16
     length: int = 128
-    rate: float = 2e-3
+    rate: float = 1.5e-3
+    matrix_rate: float = 0.02
     save_minutes: float = 3.0
     resume: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
@@ -220,25 +250,24 @@ def train(settings: Settings) -> Report:
     config = ErnieConfig.from_dict({**MODEL, "vocab_size": vocabulary, **settings.changes})
     model = ErnieForCausalLM(config)
     model.train()
+    shrink_residual_outputs(model)
     routers = {index: layer.mlp for index, layer in enumerate(model.ernie.layers) if isinstance(layer.mlp, MoE)}
-    optimizer = make_optimizer(model, settings.rate)
-    report = Report(settings.seed, settings.workers * settings.rows, settings.length, settings.rate)
+    optimizers = Optimizers(model, settings.rate, settings.matrix_rate)
+    report = Report(settings.seed, settings.workers * settings.rows, settings.length)
     if settings.resume:
-        report = load_checkpoint(settings.output / CHECKPOINT, model, optimizer)
+        report = load_checkpoint(settings.output / CHECKPOINT, model, optimizers)
 
     bar = tqdm(total=settings.steps, initial=report.steps, unit="step", mininterval=1.0, disable=not first)
     saved = report.seconds
     while (progress := max(report.steps / settings.steps, report.seconds / 60 / settings.minutes)) < 1:
         began = time.monotonic()
-        optimizer.set_lr(learning_rate(settings.rate, report.steps, progress))
         rng = random.Random(f"{settings.seed} {report.steps} {paddle.distributed.get_rank()}")
         batch = pack(draw_conversations(rng, tokenizer.encode, config.eos_token_id), settings.rows, settings.length)
         loss, right, routing = answer_loss(model, batch)
         (loss + router_loss(routing, routers, config.moe_k)).backward()
         counts = {step.layer: step.counts for step in routing}
         average_over_workers(model, counts)
-        optimizer.step()
-        optimizer.clear_grad()
+        optimizers.step(schedule(report.steps, progress))
         for layer, count in counts.items():
             update_correction_bias(routers[layer].moe_statics.e_score_correction_bias, count.unsqueeze(0), BIAS_RATE)
 
@@ -253,11 +282,11 @@ def train(settings: Settings) -> Report:
         report.seconds = agreed(report.seconds + time.monotonic() - began)
         bar.update()
         if first and report.seconds - saved > settings.save_minutes * 60:
-            save(settings.output, model, optimizer, report)
+            save(settings.output, model, optimizers, report)
             saved = report.seconds
     bar.close()
     if first:
-        save(settings.output, model, optimizer, report)
+        save(settings.output, model, optimizers, report)
     return report
 
 
@@ -268,8 +297,9 @@ def parse_arguments() -> Settings:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this much training time")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the questions (0)")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the batch, one thread each (1)")
-    parser.add_argument("--rows", type=int, default=32, help="rows of 128 tokens in the batch of a worker (32)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak of the learning rate (2e-3)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens in the batch of a worker (16)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of AdamW (1.5e-3)")
+    parser.add_argument("--matrix-rate", type=float, default=0.02, help="peak learning rate of Muon (0.02)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     return Settings(**vars(parser.parse_args()))
 

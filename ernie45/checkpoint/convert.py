@@ -33,8 +33,6 @@ from ernie45.config import ALIASES, PADDLE_DEFAULTS, PT_DEFAULTS, ErnieConfig
 from ernie45.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from paddle import Tensor
-
     from ernie45.models.causal_lm import ErnieForCausalLM
 
 SMALL_FILE_BYTES = 100 * 2**20

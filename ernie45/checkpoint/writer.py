@@ -228,7 +228,7 @@ def _progress_bar(plans: list[TensorPlan], progress: bool) -> tqdm:
     from tqdm import tqdm
 
     total = sum(plan.byte_count for plan in plans)
-    return tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
+    return tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=not progress)
 
 
 def _write_shard(folder: Path, shard: _Shard, bar: tqdm) -> None:

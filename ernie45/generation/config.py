@@ -20,19 +20,20 @@ class GenerationConfig:
         max_new_tokens: at most this many new tokens per row.
         min_new_tokens: end-of-sequence ids are impossible before this many.
         do_sample: draw from the distribution; otherwise take the most likely token.
-        temperature: divides the logits before sampling; > 0.
+        temperature: divides the logits before sampling; at least 1e-6.
         top_k: sample among the k most likely tokens; 0: all.
-        top_p: sample among the smallest set whose probability reaches p; 1: all.
-        min_p: sample among tokens at least this fraction as likely as the best; 0: all.
+        top_p: of these, sample among the smallest set whose probability reaches p; 1: all.
+        min_p: of these, sample among tokens at least this fraction as likely as the best; 0: all.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or reply; 1: off.
         presence_penalty: subtracted from the logits of tokens that occur in the reply.
         frequency_penalty: subtracted once for every occurrence in the reply.
         num_beams: width of the beam search; 1: no beams.
-        length_penalty: beam scores are divided by length ** length_penalty.
+        length_penalty: beam scores (sums of log-probabilities) are divided by length ** length_penalty.
         num_return_sequences: replies per prompt row.
         eos_token_id: ids that end a row.
         pad_token_id: id that fills rows which ended early.
-        seed: seed of the sampler; None: Paddle's global generator.
+        seed: of the sampler, which is independent of Paddle's and NumPy's global generators; rows with the same
+            prompt and seed get the same reply. None: different at every call.
         extra: keys of generation_config.json that are not used, kept for writing it back.
     """
 
@@ -127,20 +128,21 @@ class GenerationConfig:
 
 
 _RULES: dict[str, tuple[str, Any]] = {
-    "max_new_tokens": ("at least 1", lambda v: v >= 1),
-    "min_new_tokens": ("at least 0", lambda v: v >= 0),
-    "temperature": ("above 0 (use do_sample=False for greedy decoding)", lambda v: v > 0),
-    "top_k": ("at least 0", lambda v: v >= 0),
+    "max_new_tokens": ("an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "min_new_tokens": ("an integer of at least 0", lambda v: isinstance(v, int) and v >= 0),
+    "temperature": ("at least 1e-6 (use do_sample=False for greedy decoding)", lambda v: v >= 1e-6),
+    "top_k": ("an integer of at least 0", lambda v: isinstance(v, int) and v >= 0),
     "top_p": ("in (0, 1]", lambda v: 0 < v <= 1),
     "min_p": ("in [0, 1)", lambda v: 0 <= v < 1),
     "repetition_penalty": ("above 0", lambda v: v > 0),
     "presence_penalty": ("a number", lambda v: v == v),
     "frequency_penalty": ("a number", lambda v: v == v),
-    "num_beams": ("at least 1", lambda v: v >= 1),
+    "num_beams": ("an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
     "length_penalty": ("a number", lambda v: v == v),
-    "num_return_sequences": ("at least 1", lambda v: v >= 1),
+    "num_return_sequences": ("an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
     "eos_token_id": ("a non-negative id or several", lambda v: all(isinstance(i, int) and i >= 0 for i in v)),
-    "pad_token_id": ("a non-negative id", lambda v: v >= 0),
+    "pad_token_id": ("a non-negative id", lambda v: isinstance(v, int) and v >= 0),
+    "seed": ("a non-negative integer or None", lambda v: v is None or (isinstance(v, int) and v >= 0)),
 }
 
 

@@ -19,6 +19,8 @@ from ernie45.checkpoint.reader import find_sources, load, memory_problem, raise_
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError, ConfigError, ErnieError
 from ernie45.generation.config import GenerationConfig
+from ernie45.generation.generate import Generated, generate
+from ernie45.generation.streaming import stream
 from ernie45.losses import language_model_loss
 from ernie45.models.cache import KVCache
 from ernie45.models.decoder import Decoder
@@ -91,7 +93,7 @@ class ErnieForCausalLM(nn.Layer):
             ErnieError: an argument has the wrong shape.
         """
         if labels is not None and labels.shape != input_ids.shape:
-            raise ErnieError(f"labels: expected {input_ids.shape} like input_ids, found {labels.shape}")
+            raise ErnieError(f"labels: expected {list(input_ids.shape)} like input_ids, found {list(labels.shape)}")
         hidden = self.ernie(
             input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache=cache, routing=routing
         )
@@ -105,6 +107,14 @@ class ErnieForCausalLM(nn.Layer):
     def next_n_logits(self, input_ids: Tensor) -> list[Tensor]:
         """Logits of the model and of each multi-token-prediction depth: see `Decoder.forward_next_n`."""
         return [self.lm_head(hidden) for hidden in self.ernie.forward_next_n(input_ids)]
+
+    def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Generated:
+        """Continues prompts: `ids, scores = model.generate(ids)`; see `ernie45.generation.generate.generate`."""
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, prompt: Any, **options: Any) -> Iterator[str]:
+        """The reply to a text, messages or ids, piece by piece; see `ernie45.generation.streaming.stream`."""
+        return stream(self, prompt, **options)
 
     def initialize_weights(self) -> None:
         """Draws every matrix from Normal(0, sqrt(0.3333 / hidden_size)), as upstream; norms 1, correction bias 0."""
@@ -133,14 +143,16 @@ class ErnieForCausalLM(nn.Layer):
         own = self.state_dict()
         shared = own.keys() & state_dict.keys()
         wrong = [
-            f"{k}: {list(state_dict[k].shape)}, expected {own[k].shape}"
+            f"{k}: {list(state_dict[k].shape)}, expected {list(own[k].shape)}"
             for k in shared
             if list(state_dict[k].shape) != own[k].shape
         ]
         raise_problems("state_dict", sorted(wrong), "Nothing was copied.")
         with paddle.no_grad():
             for name in shared:
-                own[name].copy_(paddle.to_tensor(state_dict[name]).astype(own[name].dtype), True)
+                value = state_dict[name]
+                value = value if isinstance(value, Tensor) else paddle.to_tensor(value)
+                own[name].copy_(value.astype(own[name].dtype), True)
         return sorted(own.keys() - shared), sorted(state_dict.keys() - shared)
 
     set_dict = set_state_dict

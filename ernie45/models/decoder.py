@@ -135,7 +135,9 @@ class Decoder(nn.Layer):
         if position_ids is None:
             position_ids = _default_positions(batch, sequence, padding, cache)
         elif position_ids.shape != [batch, sequence]:
-            raise ErnieError(f"position_ids: expected [{batch}, {sequence}] like input_ids, found {position_ids.shape}")
+            raise ErnieError(
+                f"position_ids: expected [{batch}, {sequence}] like input_ids, found {list(position_ids.shape)}"
+            )
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(position_ids)
         for layer in self.layers:
@@ -164,7 +166,9 @@ class Decoder(nn.Layer):
             raise ErnieError("this model was built without multi-token-prediction blocks; load it with mtp=True")
         sequence = input_ids.shape[1] - self.mtp_depth
         if sequence < 1:
-            raise ErnieError(f"input_ids: expected more than {self.mtp_depth} tokens per row, found {input_ids.shape}")
+            raise ErnieError(
+                f"input_ids: expected more than {self.mtp_depth} tokens per row, found {list(input_ids.shape)}"
+            )
         _check_ids(input_ids, self.config.vocab_size)
         hidden, positions, mask = self.run_layers(input_ids[:, :sequence])
         embeddings, rotary = self.embed_tokens(input_ids), self.rotary(positions)
@@ -179,7 +183,7 @@ class Decoder(nn.Layer):
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ErnieError(f"input_ids: expected a non-empty [batch, sequence], found shape {input_ids.shape}")
+        raise ErnieError(f"input_ids: expected a non-empty [batch, sequence], found shape {list(input_ids.shape)}")
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ErnieError(
@@ -207,7 +211,7 @@ def _read_mask(
         raise ErnieError(
             f"attention_mask: expected [{batch}, {sequence}] like input_ids"
             + (f" or [{batch}, {cached + sequence}] with the cached tokens" if cached else "")
-            + f", found {attention_mask.shape}"
+            + f", found {list(attention_mask.shape)}"
         )
     padding = attention_mask.astype("bool")
     if padding.shape[1] == sequence and cached:

@@ -55,11 +55,11 @@ def _both(left: Tensor | None, right: Tensor) -> Tensor:
 def explicit_mask(mask: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Checks a [batch, rows, columns] or [batch, heads, rows, columns] mask (nonzero = may look) and makes it 4-D."""
     mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if mask.dtype.is_floating_point:
+    if paddle.is_floating_point(mask):
         raise ErnieError("attention_mask: expected booleans or integers (1 = may look), found an additive float mask")
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != [rows, columns]:
         raise ErnieError(
-            f"attention_mask: expected [batch, {columns}] or [batch, 1, {rows}, {columns}], found {mask.shape}"
+            f"attention_mask: expected [batch, {columns}] or [batch, 1, {rows}, {columns}], found {list(mask.shape)}"
         )
     return mask.astype("bool")
 
@@ -69,7 +69,7 @@ def document_ends(indices: Tensor, batch: int, columns: int) -> Tensor:
 
     For key column j the value is the first query row that may no longer see j.
     """
-    found = indices.shape
+    found = list(indices.shape)
     indices = indices.squeeze(-1) if indices.ndim == 4 and found[-1] == 1 else indices
     if indices.ndim != 3 or indices.shape != [batch, 1, columns]:
         raise ErnieError(

@@ -136,10 +136,7 @@ class MoE(nn.Layer):
             routing: a list to which this layer appends what its routers decided.
         """
         rows = x.flatten(0, -2)
-        if banks is None:
-            routed = self.route(rows, 0, routing)
-        else:
-            routed = self.route_by_bank(rows, banks.flatten(), routing)
+        routed = self.route(rows, 0, routing) if banks is None else self.route_by_bank(rows, banks.flatten(), routing)
         routed = routed.reshape(x.shape)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 

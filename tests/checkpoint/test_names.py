@@ -1,0 +1,160 @@
+"""The table of tensor names, the layout told from names, and what tensors decide about a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ernie45.checkpoint.names import (
+    PADDLE,
+    PT,
+    TensorSpec,
+    checkpoint_tensors,
+    detect_layout,
+    settle_config,
+    weight_bytes,
+)
+from ernie45.config import ErnieConfig
+from ernie45.errors import CheckpointError
+from tests.helpers.tiny import DENSE, MOE, tiny_config
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+UNGROUPED = {**DENSE, "num_key_value_heads": 4}
+MTP = {**MOE, "num_nextn_predict_layers": 2, "head_dim": 6}
+
+
+def specs_of(keys: dict[str, Any]) -> list[TensorSpec]:
+    return checkpoint_tensors(ErnieConfig(**keys))
+
+
+def find(specs: list[TensorSpec], name: str) -> TensorSpec:
+    (spec,) = [spec for spec in specs if spec.name == name]
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("ernie-4.5-0.3b", {}, 360_748_032),
+        ("ernie-4.5-vl-424b-a47b", {"mtp": False}, 423_526_285_184),
+    ],
+)
+def test_published_sizes(name: str, options: dict[str, bool], parameters: int) -> None:
+    config = ErnieConfig.from_pretrained(CONFIGS / f"{name}.json")
+    specs = checkpoint_tensors(config, **options)
+    assert sum(spec.size for spec in specs) == parameters
+    for layout in (PADDLE, PT):
+        parts = [part for spec in specs for part in spec.stored(layout)]
+        assert sum(int(np.prod(part.shape)) for part in parts) == parameters
+        assert len({part.name for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("ernie-4.5-21b-a3b", 21_826), ("ernie-4.5-300b-a47b", 298_600)]
+)
+def test_published_sizes_in_millions(name: str, millions: int) -> None:
+    config = ErnieConfig.from_pretrained(CONFIGS / f"{name}.json")
+    assert sum(s.size for s in checkpoint_tensors(config, mtp=False)) / 1e6 == pytest.approx(millions, rel=3e-4)
+
+
+@pytest.mark.parametrize("keys", [DENSE, MOE, UNGROUPED, MTP], ids=["dense", "moe", "ungrouped", "mtp"])
+@given(step=st.integers(1, 50), seed=st.integers(0, 3))
+def test_parts_put_back_in_any_pieces_give_the_tensor(keys: dict[str, Any], step: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for spec in specs_of(keys):
+        tensor = generator.random(spec.shape)
+        for layout in (PADDLE, PT):
+            again = np.full(spec.shape, np.nan)
+            for part in spec.stored(layout):
+                piece = part.take(tensor)
+                assert piece.shape == part.shape
+                for first in range(0, len(piece), step):
+                    part.put(again, piece[first : first + step], first)
+            assert (again == tensor).all(), (spec.name, layout)
+
+
+def test_grouped_attention_is_all_q_then_all_k_then_all_v() -> None:
+    spec = find(specs_of(DENSE), "ernie.layers.0.self_attn.qkv_proj.weight")
+    tensor = np.tile(np.arange(64), (24, 1))
+    q, k, v = (part.take(tensor)[:, 0].tolist() for part in spec.parts)
+    assert (q, k, v) == (list(range(32)), list(range(32, 48)), list(range(48, 64)))
+    assert [part.name for part in spec.parts] == [f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"]
+
+
+def test_ungrouped_attention_has_q_k_v_side_by_side_per_head() -> None:
+    spec = find(specs_of(UNGROUPED), "ernie.layers.0.self_attn.qkv_proj.weight")
+    tensor = np.tile(np.arange(96), (24, 1))
+    for offset, part in zip((0, 8, 16), spec.parts, strict=True):
+        expected = [24 * head + offset + d for head in range(4) for d in range(8)]
+        assert part.take(tensor)[:, 0].tolist() == expected
+
+
+def test_the_gate_is_the_first_half() -> None:
+    spec = find(specs_of(DENSE), "ernie.layers.0.mlp.up_gate_proj.weight")
+    tensor = np.tile(np.arange(80), (24, 1))
+    taken = {part.name: part.take(tensor)[:, 0].tolist() for part in spec.parts}
+    assert taken["model.layers.0.mlp.gate_proj.weight"] == list(range(40))
+    assert taken["model.layers.0.mlp.up_proj.weight"] == list(range(40, 80))
+
+
+def test_router_and_bias_are_float32() -> None:
+    names = {spec.name.rpartition(".mlp.")[2] for spec in specs_of(MTP) if spec.float32}
+    assert names == {"gate.weight", "moe_statics.e_score_correction_bias"}
+
+
+def test_weight_bytes_counts_float32_tensors_as_such() -> None:
+    specs = specs_of(MOE)
+    wide = sum(spec.size for spec in specs if spec.float32)
+    assert weight_bytes(specs, "bfloat16") == 2 * sum(s.size for s in specs) + 2 * wide
+    assert weight_bytes(specs, "float32") == 4 * sum(s.size for s in specs)
+
+
+@pytest.mark.parametrize("keys", [DENSE, MOE, MTP])
+@pytest.mark.parametrize("layout", [PADDLE, PT])
+def test_layout_is_told_from_names(keys: dict[str, Any], layout: str) -> None:
+    names = [part.name for spec in specs_of(keys) for part in spec.stored(layout)]
+    assert detect_layout(names, "here") == layout
+    assert detect_layout(reversed(names), "here") == layout
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.layers.0.self_attn.qkv_proj.weight", "model.norm.weight"], "PaddleFormers' in-memory layout"),
+        (["transformer.h.0.attn.weight"], "not an ERNIE 4.5 checkpoint: expected names such as 'ernie.norm.weight'"),
+        (["x.quant_weight"], "quantised checkpoints are not supported"),
+        ([], "not an ERNIE 4.5 checkpoint"),
+    ],
+)
+def test_foreign_names_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        detect_layout(names, "some/folder")
+    assert message in str(caught.value) and "some/folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [PADDLE, PT])
+def test_tensors_decide_what_the_config_leaves_open(layout: str) -> None:
+    def names(**changes: Any) -> list[str]:
+        return [part.name for s in specs_of({**MTP, **changes}) for part in s.stored(layout)]
+
+    silent = tiny_config(
+        MTP, tie_word_embeddings=None, moe_use_aux_free=None, num_nextn_predict_layers=None
+    )
+    settled = settle_config(silent, names())
+    assert not settled.tie_word_embeddings and settled.moe_use_aux_free and settled.num_nextn_predict_layers == 2
+    bare = names(tie_word_embeddings=True, moe_use_aux_free=False, num_nextn_predict_layers=0)
+    settled = settle_config(silent, bare)
+    assert settled.tie_word_embeddings
+    assert settled.moe_use_aux_free is False and settled.num_nextn_predict_layers == 0
+
+
+def test_tensors_overrule_the_config_about_bias_and_mtp_but_not_about_tying() -> None:
+    names = [spec.name for spec in specs_of({**MOE, "moe_use_aux_free": False})]
+    settled = settle_config(tiny_config(MTP, moe_use_aux_free=True, tie_word_embeddings=True), names)
+    assert settled.moe_use_aux_free is False and settled.num_nextn_predict_layers == 0
+    assert settled.tie_word_embeddings is True, "a copy of the embedding may be stored as lm_head"

@@ -1,0 +1,336 @@
+"""Loading: every dtype, layout and way of storing a checkpoint; everything wrong in one error; peak memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie45.checkpoint import reader
+from ernie45.config import ErnieConfig
+from ernie45.errors import CheckpointError, ConfigError, ErnieError
+from ernie45.models.causal_lm import ErnieForCausalLM
+from tests.helpers.tiny import (
+    DENSE,
+    MOE,
+    Stored,
+    as_float32,
+    cast,
+    difference,
+    empty_like,
+    read_folder,
+    same_bits,
+    tiny_config,
+    tiny_model,
+    token_ids,
+    write_folder,
+)
+
+MTP = {**MOE, "num_nextn_predict_layers": 1}
+
+layouts = pytest.mark.parametrize("layout", ["paddle", "pt"])
+
+
+def load(folder: Path, **options: Any) -> ErnieForCausalLM:
+    return ErnieForCausalLM.from_pretrained(folder, progress=False, **options)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def save(folder: Path, keys: dict[str, Any] = MOE, layout: str = "paddle", **options: Any) -> ErnieForCausalLM:
+    model = tiny_model(ErnieConfig(**keys), mtp=True)
+    model.save_pretrained(folder, layout=layout, progress=False, **options)
+    return model
+
+
+def same_weights(left: ErnieForCausalLM, right: ErnieForCausalLM) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and (a[name] == b[name]).all() for name in a)
+
+
+def is_router(name: str) -> bool:
+    return name.endswith((".mlp.gate.weight", ".e_score_correction_bias"))
+
+
+# Every dtype in the file, every dtype in memory.
+
+
+@layouts
+@pytest.mark.parametrize("stored", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+def test_dtypes(stored: str, wanted: str, layout: str, tmp_path: Path) -> None:
+    """Router and bias are float32 in memory even if the file has them in half precision."""
+    save(tmp_path / "exact", layout=layout)
+    tensors = {name: cast(tensor, stored) for name, tensor in read_folder(tmp_path / "exact").items()}
+    write_folder(tmp_path / "cast", config_of(tmp_path / "exact"), tensors)
+    found = load(tmp_path / "cast", dtype=wanted)
+    assert found.dtype == found.config.dtype == wanted
+
+    wide = {name: ("F32", as_float32(tensor)) for name, tensor in tensors.items()}
+    expected = load(write_folder(tmp_path / "wide", config_of(tmp_path / "exact"), wide), dtype="float32")
+    for name, tensor in expected.state_dict().items():
+        dtype = "float32" if is_router(name) else wanted
+        assert found.state_dict()[name].dtype == getattr(paddle, dtype), name
+        assert difference(found.state_dict()[name], tensor.astype(dtype)) == 0, name
+
+
+def test_the_default_dtype_on_a_cpu_is_float32(tmp_path: Path) -> None:
+    save(tmp_path, dtype="bfloat16")
+    assert config_of(tmp_path)["dtype"] == "bfloat16"
+    assert load(tmp_path).dtype == "float32"
+
+
+def test_an_unknown_dtype(tmp_path: Path) -> None:
+    save(tmp_path)
+    for dtype in ("int8", "float64", "half"):
+        with pytest.raises(ErnieError, match=dtype):
+            load(tmp_path, dtype=dtype)
+
+
+@layouts
+@pytest.mark.parametrize("keys", [DENSE, MOE, MTP, {**DENSE, "num_key_value_heads": 4}])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["single", "sharded"])
+def test_saved_and_loaded_it_is_the_same_bit_for_bit(
+    keys: dict[str, Any], layout: str, shard_bytes: int, tmp_path: Path
+) -> None:
+    model = save(tmp_path / "first", keys, layout, max_shard_bytes=shard_bytes)
+    assert (len(list((tmp_path / "first").glob("*.safetensors"))) > 2) == (shard_bytes < 10**9)
+    loaded = load(tmp_path / "first", mtp=True)
+    assert same_weights(loaded, model) and not loaded.training
+    assert {key: getattr(loaded.config, key) for key in keys} == keys
+    loaded.save_pretrained(tmp_path / "second", layout=layout, progress=False)
+    assert same_bits(read_folder(tmp_path / "first"), read_folder(tmp_path / "second"))
+
+
+@layouts
+def test_bfloat16_round_trip(layout: str, tmp_path: Path) -> None:
+    model = tiny_model(dtype="bfloat16")
+    model.save_pretrained(tmp_path, layout=layout, progress=False)
+    assert same_weights(load(tmp_path, dtype="bfloat16"), model)
+
+
+def test_saving_replaces_a_checkpoint_of_the_other_kind(tmp_path: Path) -> None:
+    save(tmp_path, MOE, "pt", max_shard_bytes=20_000)
+    model = save(tmp_path, DENSE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert same_weights(load(tmp_path), model)
+
+
+@pytest.mark.parametrize(("option", "value"), [("layout", "torch"), ("dtype", "int8"), ("dtype", "float8")])
+def test_saving_refuses_an_unknown_choice_before_it_touches_the_folder(
+    option: str, value: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=value):
+        tiny_model().save_pretrained(tmp_path / "new", progress=False, **{option: value})
+    assert not (tmp_path / "new").exists()
+
+
+# Tied and untied heads.
+
+
+@layouts
+def test_a_copy_of_the_embedding_is_ignored_where_the_config_says_tied(layout: str, tmp_path: Path) -> None:
+    model = save(tmp_path / "tied", DENSE, layout)
+    tensors = read_folder(tmp_path / "tied")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = empty_like("F32", 61, 24)  # not even a copy: it must not be read
+    loaded = load(write_folder(tmp_path / "copy", config_of(tmp_path / "tied"), tensors))
+    assert same_weights(loaded, model)
+
+
+@layouts
+def test_without_a_word_in_the_config_the_head_decides(layout: str, tmp_path: Path) -> None:
+    for keys in (DENSE, {**DENSE, "tie_word_embeddings": False}):
+        folder = tmp_path / str(keys["tie_word_embeddings"])
+        model = save(folder, keys, layout)
+        config = config_of(folder)
+        del config["tie_word_embeddings"]
+        loaded = load(write_folder(folder, config, read_folder(folder)))
+        assert same_weights(loaded, model)
+        assert loaded.config.tie_word_embeddings == keys["tie_word_embeddings"]
+
+
+def test_an_untied_config_without_a_head(tmp_path: Path) -> None:
+    save(tmp_path, DENSE)
+    config = config_of(tmp_path) | {"tie_word_embeddings": False}
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: missing, expected shape \[24, 61\]"):
+        load(write_folder(tmp_path, config, read_folder(tmp_path)))
+
+
+# Orientations that differ between published files.
+
+
+@layouts
+@pytest.mark.parametrize("name", ["lm_head.weight", "mtp_linear_proj.0.weight"])
+def test_either_orientation_of_head_and_mtp_projection(name: str, layout: str, tmp_path: Path) -> None:
+    """-Paddle heads as [V, H] (PaddleFormers), -PT projections left untransposed (the 300B upload)."""
+    model = save(tmp_path / "usual", MTP, layout)
+    tensors = read_folder(tmp_path / "usual")
+    (full_name,) = [key for key in tensors if key.endswith(name)]
+    dtype, array = tensors[full_name]
+    tensors[full_name] = (dtype, np.ascontiguousarray(array.T))
+    turned = write_folder(tmp_path / "turned", config_of(tmp_path / "usual"), tensors)
+    assert same_weights(load(turned, mtp=True), model)
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj.weight", "mlp.down_proj.weight", "embed_tokens.weight"])
+def test_no_other_tensor_may_be_turned_round(name: str, tmp_path: Path) -> None:
+    save(tmp_path, {**DENSE, "tie_word_embeddings": False})
+    tensors = read_folder(tmp_path)
+    turned = next(key for key in tensors if key.endswith(name))
+    dtype, array = tensors[turned]
+    tensors[turned] = (dtype, np.ascontiguousarray(array.T))
+    with pytest.raises(CheckpointError) as caught:
+        load(write_folder(tmp_path, config_of(tmp_path), tensors))
+    assert f"{turned}: shape {list(array.T.shape)}" in str(caught.value)
+    assert f"expected {list(array.shape)}" in str(caught.value)
+
+
+# The layout comes from the names, whatever config.json looks like.
+
+
+@pytest.mark.parametrize(("files", "config"), [("paddle", "pt"), ("pt", "paddle")])
+def test_files_of_one_layout_with_the_config_of_the_other(files: str, config: str, tmp_path: Path) -> None:
+    model = save(tmp_path / files, MTP, files)
+    save(tmp_path / config, MTP, config)
+    shutil.copy(tmp_path / config / "config.json", tmp_path / files / "config.json")
+    assert same_weights(load(tmp_path / files, mtp=True), model)
+
+
+def test_no_bias_in_the_file_means_no_bias(tmp_path: Path) -> None:
+    model = save(tmp_path, {**MOE, "moe_use_aux_free": False})
+    config = config_of(tmp_path) | {"moe_use_aux_free": True}
+    loaded = load(write_folder(tmp_path, config, read_folder(tmp_path)))
+    assert same_weights(loaded, model) and loaded.config.moe_use_aux_free is False
+
+
+# Everything wrong at once.
+
+
+def damaged(tmp_path: Path) -> tuple[dict[str, Any], Stored]:
+    save(tmp_path, MOE)
+    return config_of(tmp_path), read_folder(tmp_path)
+
+
+def test_all_problems_are_reported_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tensors = damaged(tmp_path)
+    del tensors["ernie.norm.weight"], tensors["ernie.layers.2.mlp.experts.5.down_proj.weight"]
+    tensors["ernie.layers.0.self_attn.o_proj.weight"] = empty_like("F32", 5, 5)
+    tensors["ernie.layers.1.mlp.gate.weight"] = empty_like("F32", 24, 7)
+    tensors["ernie.embed_tokens.weight"] = empty_like("I8", 61, 24)
+    monkeypatch.setattr(reader, "available_bytes", lambda: 1000)
+    with pytest.raises(CheckpointError) as caught:
+        load(write_folder(tmp_path, config, tensors))
+    message = str(caught.value)
+    assert str(tmp_path) in message and "6 problem(s)" in message
+    for part in (
+        "ernie.norm.weight: missing, expected shape [24]",
+        "ernie.layers.2.mlp.experts.5.down_proj.weight: missing, expected shape [10, 24]",
+        "ernie.layers.0.self_attn.o_proj.weight: shape [5, 5] in model.safetensors, expected [32, 24]",
+        "ernie.layers.1.mlp.gate.weight: shape [24, 7] in model.safetensors, expected [24, 6]",
+        "ernie.embed_tokens.weight: dtype I8 in model.safetensors, expected one of BF16, F16, F32, F64",
+        "not enough memory",
+    ):
+        assert part in message
+    assert message.count("\n") == 0 and "Download" in message
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
+    config, _ = damaged(tmp_path)
+    with pytest.raises(CheckpointError, match=r"47 problem\(s\).*and 27 more"):
+        load(write_folder(tmp_path, config, {"ernie.norm.weight": empty_like("F32", 3)}))
+
+
+def test_config_and_weights_are_both_reported(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    assert "config.json" in str(caught.value) and "model.safetensors" in str(caught.value)
+
+
+def test_vision_language_checkpoints_are_refused(tmp_path: Path) -> None:
+    config, tensors = damaged(tmp_path)
+    with pytest.raises(ConfigError, match="vision-language checkpoints are not supported yet"):
+        load(write_folder(tmp_path, config | {"vision_config": {"depth": 2}}, tensors))
+
+
+# Memory.
+
+
+def test_too_little_memory_is_reported_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    monkeypatch.setattr(reader, "available_bytes", lambda: reader.HEADROOM_BYTES + 10_000)
+    monkeypatch.setattr(ErnieForCausalLM, "__init__", lambda *_, **__: pytest.fail("memory was taken"))
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert "not enough memory: float32 weights" in message and 'choose dtype="bfloat16"' in message
+
+
+def test_the_check_knows_the_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save(tmp_path)
+    elements = sum(tensor.size for tensor in model.state_dict().values())
+    monkeypatch.setattr(reader, "available_bytes", lambda: reader.HEADROOM_BYTES + 3 * elements)
+    load(tmp_path, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="not enough memory"):
+        load(tmp_path, dtype="float32")
+    monkeypatch.setattr(reader, "available_bytes", lambda: None)
+    load(tmp_path, dtype="float32")
+
+
+LARGE = {
+    **MOE,
+    "vocab_size": 20_000,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "head_dim": 64,
+    "moe_num_experts": 16,
+    "moe_intermediate_size": 512,
+}
+MEASURE = """
+import re, sys
+import paddle
+from ernie45.models.causal_lm import ErnieForCausalLM
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+before = peak()
+model = ErnieForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2], progress=False)
+print(peak() - before, sum(p.numel().item() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's record of peak memory")
+@pytest.mark.parametrize(
+    ("layout", "stored", "wanted"),
+    [
+        ("paddle", "float32", "float32"),
+        ("paddle", "bfloat16", "float32"),
+        ("pt", "bfloat16", "float32"),
+        ("pt", "float32", "bfloat16"),
+    ],
+)
+def test_peak_memory(layout: str, stored: str, wanted: str, tmp_path: Path) -> None:
+    """Far below the promise of 1.15 x the weights + 400 MB, so that a second copy of the weights would show."""
+    ErnieForCausalLM(tiny_config(LARGE)).save_pretrained(tmp_path, layout=layout, dtype=stored, progress=False)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), wanted], capture_output=True, text=True, check=True
+    )
+    growth, weights = map(int, result.stdout.split())
+    assert weights > (90 if wanted == "bfloat16" else 180) * 10**6
+    print(layout, stored, wanted, growth/1e6, weights/1e6, (growth-weights)/1e6)
+    assert growth <= 1.15 * weights + 80 * 10**6
