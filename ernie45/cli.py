@@ -177,7 +177,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> 
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"Example:  {example}",
+        epilog=f"Example: {example}",
     )
     parser.set_defaults(run=run)
     return parser

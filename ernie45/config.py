@@ -58,6 +58,10 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
 
 # Far beyond every published model. A damaged config.json must not make the library build endless tables of tensors.
 UPPER_LIMITS = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**8,
+    "max_position_embeddings": 10**12,
     "num_hidden_layers": 1000,
     "num_attention_heads": 1024,
     "num_key_value_heads": 1024,
@@ -335,8 +339,8 @@ def _type_problems(config: ErnieConfig) -> Iterator[str]:
         if any(isinstance(entry, int) and entry < 0 for entry in entries):
             yield f"{key} must not be negative, found {getattr(config, key)!r}"
     for key in ("moe_num_shared_experts", "num_nextn_predict_layers"):
-        value = getattr(config, key) or 0
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        value = getattr(config, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             yield f"{key} must be a non-negative integer, found {value!r}"
     if config.dtype not in ("float32", "float16", "bfloat16"):
         yield f"dtype must be float32, float16 or bfloat16, found {config.dtype!r}"
@@ -348,6 +352,9 @@ def _limit_problems(config: ErnieConfig) -> Iterator[str]:
     for key, limit in UPPER_LIMITS.items():
         if (getattr(config, key) or 0) > limit:
             yield f"{key} {getattr(config, key)} exceeds {limit}, far more than any ERNIE 4.5 model has"
+    for bank in config.banks:
+        if bank.intermediate_size > UPPER_LIMITS["intermediate_size"]:
+            yield f"moe_intermediate_size {bank.intermediate_size} exceeds {UPPER_LIMITS['intermediate_size']}"
     experts = config.num_hidden_layers * sum(bank.num_experts for bank in config.banks)
     if experts > MAX_EXPERTS_OF_ALL_LAYERS:
-        yield f"{experts} experts in all layers exceed {MAX_EXPERTS_OF_ALL_LAYERS}, far more than any ERNIE 4.5 model has"
+        yield f"{experts} experts in all layers exceed {MAX_EXPERTS_OF_ALL_LAYERS}, more than any ERNIE 4.5 model has"

@@ -101,4 +101,4 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str)
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
-    assert f"Example:  ernie45 {command}" in capsys.readouterr().out
+    assert f"Example: ernie45 {command}" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ernie45.checkpoint.dtypes import DTYPES, FLOAT_DTYPES, convert, dtype_from_framework_name
+from ernie45.checkpoint.dtypes import DTYPES, convert, dtype_from_framework_name
 from ernie45.checkpoint.folder import CheckpointFolder
 from ernie45.checkpoint.names import (
     LAYOUTS,
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ernie45.models.causal_lm import ErnieForCausalLM
 
 SMALL_FILE_BYTES = 100 * 2**20
+# Keys for which the readers of the two layouts have different defaults.
+ALWAYS_WRITTEN = {*PADDLE_DEFAULTS, *PT_DEFAULTS, "tie_word_embeddings", "num_key_value_heads", "head_dim"}
 METADATA = {PADDLE: {"format": "np"}, PT: {"format": "pt"}}
 
 
@@ -96,12 +98,13 @@ def convert_checkpoint(
             for found in sources
             for part in found.spec.stored(layout)
         ]
+        new_config = _converted_config(source, config, layout, dtype)
         used = {part.name for found in sources for part in found.parts}
         plans += [_carry(folder, name) for name in folder.tensors if name not in used]
         write_checkpoint(
             destination, plans, metadata=METADATA[layout], max_shard_bytes=max_shard_bytes, progress=progress
         )
-    write_json_atomic(destination / "config.json", _converted_config(source, config, layout, dtype))
+    write_json_atomic(destination / "config.json", new_config)
     _copy_small_files(source, destination)
 
 
@@ -148,17 +151,15 @@ def _storage_dtype(spec: TensorSpec, dtype: str) -> str:
 def _check_choice(layout: str, dtype: str | None) -> None:
     if layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is unknown; choose {' or '.join(map(repr, LAYOUTS))}")
-    if dtype is not None and dtype_from_framework_name(dtype) not in FLOAT_DTYPES:
-        raise CheckpointError(
-            f"dtype {dtype!r} is not a float type of checkpoints; choose float32, bfloat16 or float16"
-        )
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise CheckpointError(f"dtype {dtype!r} is not one of checkpoints; choose float32, bfloat16 or float16")
 
 
 def _converted_config(source: Path, config: ErnieConfig, layout: str, dtype: str | None) -> dict[str, Any]:
     """The source's config.json in the spelling of the layout, with the keys written out whose defaults differ."""
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     new = config.replace(dtype=dtype or config.dtype).to_dict(layout)
-    unset = [key for key in new if key in {**PADDLE_DEFAULTS, **PT_DEFAULTS} or key == "tie_word_embeddings"]
+    unset = [key for key in new if key in ALWAYS_WRITTEN]
     spelled = {"torch_dtype": "dtype"} if layout == PADDLE else {"dtype": "torch_dtype"}
     content = {spelled.get(key, key): value for key, value in raw.items()}
     for key in ("architectures", "dtype", "torch_dtype"):

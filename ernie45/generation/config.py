@@ -103,7 +103,7 @@ class GenerationConfig:
                 eos_token_id=_ids(config.eos_token_id if eos is None else eos),
                 extra=extra,
             )
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, ConfigError) as error:
+        except (OSError, ValueError, RecursionError, TypeError) as error:  # ValueError: also ConfigError, bad UTF-8 or JSON
             raise ConfigError(f"{path}: {error}; download it again or correct it") from error
 
     def override(self, **options: Any) -> GenerationConfig:

@@ -30,7 +30,7 @@ class Context:
 
 
 LogitsProcessor = Callable[[Context, np.ndarray], np.ndarray]
-"""Maps logits [rows, vocab] float32 to new ones, -inf for a token that must not be chosen, without changing its input."""
+"""New logits [rows, vocab] float32 from those given, which stay as they are; -inf forbids a token."""
 
 
 def processors_of(config: GenerationConfig, vocab_size: int, allowed: int) -> list[LogitsProcessor]:

@@ -72,26 +72,18 @@ def read_stop_strings(
     """Checks stop strings.
 
     Returns:
-        texts to look for, and ids to stop at: a stop string that is a special token is no part of the text.
+        the strings, and the ids of those that are a special token: the text may leave them out.
 
     Raises:
         ErnieError: an empty one, no string, or no tokenizer to make text with.
     """
-    if stop_strings is None:
+    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+    if not strings:
         return (), ()
-    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     wrong = [string for string in strings if not isinstance(string, str) or not string]
     if wrong:
         raise ErnieError(f"stop_strings: expected texts of at least one character, found {wrong[0]!r}")
-    if strings and tokenizer is None:
+    if tokenizer is None:
         raise ErnieError("stop_strings: they are looked for in the text: pass tokenizer= too")
-    ids = {string: _special_id(string, tokenizer) for string in strings}
-    return (
-        tuple(string for string in strings if ids[string] is None),
-        tuple(i for i in ids.values() if i is not None),
-    )
-
-
-def _special_id(string: str, tokenizer: ErnieTokenizer | None) -> int | None:
-    ids = tokenizer.encode(string) if tokenizer is not None else []
-    return ids[0] if tokenizer is not None and len(ids) == 1 and ids[0] in tokenizer.all_special_ids else None
+    encoded = [tokenizer.encode(string) for string in strings]
+    return strings, tuple(ids[0] for ids in encoded if len(ids) == 1 and ids[0] in tokenizer.all_special_ids)

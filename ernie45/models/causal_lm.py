@@ -195,6 +195,7 @@ class ErnieForCausalLM(nn.Layer):
         config, folder = _open(path)
         with folder:
             config = settle_config(config, folder.tensors)
+            generation_config = GenerationConfig.from_pretrained(path, config)
             if config.vision_config is not None:
                 raise ConfigError(f"{path}: vision-language checkpoints are not supported yet")
             if not mtp:
@@ -208,7 +209,7 @@ class ErnieForCausalLM(nn.Layer):
             )
             model = cls(config.replace(dtype=dtype), dtype=dtype, mtp=mtp, initialize=False)
             load(folder, sources, model.state_dict(), progress)
-        model.generation_config = GenerationConfig.from_pretrained(path, config)
+        model.generation_config = generation_config
         return model.eval()
 
     def save_pretrained(

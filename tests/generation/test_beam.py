@@ -116,12 +116,12 @@ def test_transformers_finds_the_same(tmp_path: Path, seed: int, length_penalty: 
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 13
     options = {"max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 3, "length_penalty": length_penalty}
     for prompt, eos in itertools.product([[5, 9, 11], [7], [8, 3, 4, 10]], ([2], [2, 6, 9])):
-        ours = model.generate(prompt, eos_token_id=eos, pad_token_id=0, **options)
+        ours = model.generate(prompt, eos_token_id=eos, pad_token_id=1, **options)
         theirs = peer.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt)),
             eos_token_id=eos,
-            pad_token_id=0,
+            pad_token_id=1,
             do_sample=False,
             output_scores=True,
             return_dict_in_generate=True,

@@ -115,8 +115,7 @@ def test_min_new_tokens_holds_back_every_eos(model: ErnieForCausalLM) -> None:
     eos = model.generate(PROMPTS[0], max_new_tokens=3, **NO_EOS).ids.numpy()[0].tolist()
     assert model.generate(PROMPTS[0], max_new_tokens=9, eos_token_id=eos).ids.shape == [1, 1]
     ids = model.generate(PROMPTS[0], max_new_tokens=9, min_new_tokens=5, eos_token_id=eos).ids.numpy()[0]
-    assert len(ids) >= 6 or len(ids) == 5 + 1
-    assert not np.isin(ids[:5], eos).any()
+    assert len(ids) > 5 and not np.isin(ids[:5], eos).any()
 
 
 def test_sampling_is_reproducible_and_leaves_global_generators_alone(model: ErnieForCausalLM) -> None:
@@ -191,9 +190,9 @@ def test_a_cache_with_padding_is_continued_from(model: ErnieForCausalLM, monkeyp
     assert model.generate(longer, max_new_tokens=4, cache=first.cache, **NO_EOS).ids.numpy().tolist() == expected
     assert columns[0] == 2
     # The same columns hold the same ids, but one of them is padding now.
-    cache = model.generate([[0, 0, 5], [4, 3, 5]], max_new_tokens=1).cache
-    fewer = model.generate([[0, 5], [4, 3, 5]], max_new_tokens=4, cache=cache, **NO_EOS)
-    fresh = model.generate([[0, 5], [4, 3, 5]], max_new_tokens=4, **NO_EOS)
+    cache = model.generate([[0, 9, 5], [4, 3, 5]], max_new_tokens=1).cache
+    fewer = model.generate([[9, 5], [4, 3, 5]], max_new_tokens=4, cache=cache, **NO_EOS)
+    fresh = model.generate([[9, 5], [4, 3, 5]], max_new_tokens=4, **NO_EOS)
     assert fewer.ids.numpy().tolist() == fresh.ids.numpy().tolist()
     assert difference(fewer.log_probs, fresh.log_probs) < 1e-4
 
@@ -228,8 +227,8 @@ def test_an_interrupted_call_leaves_the_cache_consistent(
         patch.setattr(model.ernie.layers[layer], "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             model.generate(PROMPTS[2], max_new_tokens=6, cache=cache, **NO_EOS)
-    assert cache.ids.shape == (0 if call == 0 else 1, cache.length) or cache.length == 0
     assert cache.length == (0 if call == 0 else len(PROMPTS[2]) + call - 1)
+    assert cache.ids.tolist() == [[*PROMPTS[2], *expected[0]][: cache.length]]
     assert model.generate(PROMPTS[2], max_new_tokens=6, cache=cache, **NO_EOS).ids.numpy().tolist() == expected
 
 
@@ -281,9 +280,9 @@ def test_only_the_last_position_goes_through_the_head(model: ErnieForCausalLM, m
         ([[5.5, 1.0]], {}, "input_ids, row 0: expected one integer"),
         ([[5, 61]], {}, "outside the vocabulary"),
         (np.zeros((1, 2, 3), "int64"), {}, "input_ids, row 0: expected one integer per token"),
-        ([5, 6], {"attention_mask": [[1, 1, 1]]}, "attention_mask: expected \\[1, 2\\] like input_ids, found \\[1, 3\\]"),
+        ([5, 6], {"attention_mask": [[1, 1, 1]]}, "attention_mask: expected \\[1, 2\\] .*found \\[1, 3\\]"),
         ([5, 6], {"attention_mask": [[0, 0]]}, "row 0 has no token"),
-        ([5, 6], {"max_new_tokens": 131071}, "max_new_tokens: 2 tokens of prompt and 131071 new ones exceed the 131072"),
+        ([5, 6], {"max_new_tokens": 131071}, "2 tokens of prompt and 131071 new ones exceed the 131072"),
         ([5, 6], {"max_new_tokens": 2.5}, "max_new_tokens must be an integer"),
         ([5, 6], {"seed": -1}, "seed must be"),
         ([5, 6], {"temperature": 0.0}, "temperature must be"),
@@ -294,7 +293,7 @@ def test_only_the_last_position_goes_through_the_head(model: ErnieForCausalLM, m
         ([5, 6], {"pad_token_id": 61}, "pad_token_id: expected an id below vocab_size 61"),
         ([5, 6], {"num_return_sequences": 2}, "num_return_sequences 2 needs do_sample"),
         ([5, 6], {"num_beams": 2, "streamer": object()}, "streamer: beams"),
-        ([5, 6], {"logits_processors": [lambda _, logits: logits[:, :3]]}, "logits processor .*\\(1, 61\\), found \\(1, 3\\)"),
+        ([5, 6], {"logits_processors": [lambda _, logits: logits[:, :3]]}, "processor .*\\(1, 61\\), found \\(1, 3\\)"),
         ([5, 6], {"logits_processors": [lambda _, logits: logits * np.nan]}, "logits of row 0 at new token 0.*nan"),
     ],
 )  # fmt: skip

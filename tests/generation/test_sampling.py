@@ -44,7 +44,7 @@ def logits_of(probabilities: np.ndarray) -> np.ndarray:
         ({"min_p": 0.999}, {1}),
         ({"top_k": 3, "top_p": 0.79}, {1, 3}),  # top-p of 0.8, what top-k left
         ({"top_k": 3, "top_p": 0.82}, {1, 3, 4}),
-        ({"temperature": 0.5, "top_p": 0.65}, {1}),  # squares: 0.16, 0.0625, 0.0225, 0.0166, ...
+        ({"temperature": 0.5, "top_p": 0.6}, {1}),  # squares: 0.16, 0.0625, 0.0225, 0.0166, ...
         ({"temperature": 2.0, "min_p": 0.3}, {0, 1, 3, 4, 6}),  # roots
         ({"temperature": 1e-6}, {1}),
     ],
@@ -52,7 +52,7 @@ def logits_of(probabilities: np.ndarray) -> np.ndarray:
 def test_support(options: dict[str, Any], support: set[int]) -> None:
     ids, weights = candidates(logits_of(PROBABILITIES), config(**options))
     assert set(ids.tolist()) == support and len(ids) == len(support)
-    tempered = PROBABILITIES[ids] ** (1 / options.get("temperature", 1))
+    tempered = (PROBABILITIES[ids] / PROBABILITIES.max()) ** (1 / options.get("temperature", 1))
     assert np.abs(weights / weights.sum() - tempered / tempered.sum()).max() < 1e-5
 
 
