@@ -70,6 +70,17 @@ UPPER_LIMITS = {
     "num_nextn_predict_layers": 100,
 }
 MAX_EXPERTS_OF_ALL_LAYERS = 50_000
+# The same for the vision tower, whose keys are in vision_config, and for the adapter, whose keys are at the top level.
+VISION_LIMITS = {
+    "embed_dim": 10**5,
+    "hidden_size": 10**5,
+    "depth": 1000,
+    "in_channels": 100,
+    "in_chans": 100,
+    "patch_size": 1000,
+    "spatial_patch_size": 1000,
+}
+ADAPTER_LIMITS = {"pixel_hidden_size": 10**5, "spatial_conv_size": 100, "temporal_conv_size": 100}
 
 ARCHITECTURES = {  # model_type -> (-Paddle spelling, -PT spelling)
     "ernie4_5": ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
@@ -295,6 +306,8 @@ def _problems(config: ErnieConfig) -> Iterator[str]:
     if next(_type_problems(config), None) is not None:
         return
     yield from _limit_problems(config)
+    if config.vision_config is not None:
+        yield from _vision_problems(config.vision_config, config.extra)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -358,3 +371,14 @@ def _limit_problems(config: ErnieConfig) -> Iterator[str]:
     experts = config.num_hidden_layers * sum(bank.num_experts for bank in config.banks)
     if experts > MAX_EXPERTS_OF_ALL_LAYERS:
         yield f"{experts} experts in all layers exceed {MAX_EXPERTS_OF_ALL_LAYERS}, more than any ERNIE 4.5 model has"
+
+
+def _vision_problems(vision: Mapping[str, Any], extra: Mapping[str, Any]) -> Iterator[str]:
+    for where, keys, limits in (("vision_config.", vision, VISION_LIMITS), ("", extra, ADAPTER_LIMITS)):
+        for key, limit in limits.items():
+            value = keys.get(key)
+            if value is not None and not (_is_positive(value) and value <= limit):
+                yield f"{where}{key} must be a positive integer up to {limit}, found {value!r}"
+    ratio = vision.get("mlp_ratio")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 100):
+        yield f"vision_config.mlp_ratio must be a positive number up to 100, found {ratio!r}"

@@ -38,6 +38,7 @@ def draw_conversation(rng: random.Random, encode: Callable[[str], list[int]], en
 
 
 def draw_conversations(rng: random.Random, encode: Callable[[str], list[int]], end: int) -> Iterator[Conversation]:
+    """Conversations without end."""
     while True:
         yield draw_conversation(rng, encode, end)
 

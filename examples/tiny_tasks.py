@@ -81,6 +81,7 @@ def draw_three_digit_pair(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_addition(rng: random.Random, draw_pair: Callable[[random.Random], tuple[int, int]]) -> Draft:
+    """The order of the two numbers makes no difference to the split."""
     a, b = draw_pair(rng)
     language, phrasing = choose_phrasing(rng, ADDITION)
     return Draft(("+", min(a, b), max(a, b)), language, phrasing.format(a=a, b=b), str(a + b))
@@ -116,6 +117,7 @@ DESCENDING = {
 
 
 def draw_comparing(rng: random.Random) -> Draft:
+    """The larger or smaller of two different numbers below 100 or 1000."""
     limit = rng.choice((100, 1000))
     a, b = rng.sample(range(limit), 2)
     choose = rng.choice((max, min))
@@ -124,8 +126,8 @@ def draw_comparing(rng: random.Random) -> Draft:
 
 
 def draw_sorting(rng: random.Random) -> Draft:
-    """Three to five different numbers below 100; the answer uses the separator of the question."""
-    numbers = rng.sample(range(100), rng.randint(3, 5))
+    """Three or four different numbers below 100; the answer uses the separator of the question."""
+    numbers = rng.sample(range(100), rng.randint(3, 4))
     descending = rng.random() < 0.5
     language, phrasing = choose_phrasing(rng, DESCENDING if descending else ASCENDING)
     separator = "、" if language == "zh" else " "
@@ -156,19 +158,19 @@ CONTINUING = {
 
 
 def draw_counting(rng: random.Random) -> Draft:
-    """How often one of three words or letters occurs in a list of three to nine."""
+    """How often one of three words or letters occurs in a list of three to seven."""
     language, phrasing = choose_phrasing(rng, COUNTING)
     alphabet = rng.choice((LETTERS, COUNTED_WORDS[language]))
     words = rng.sample(alphabet, 3)
-    items = rng.choices(words, k=rng.randint(3, 9))
+    items = rng.choices(words, k=rng.randint(3, 7))
     prompt = phrasing.format(items=" ".join(items), target=words[0])
     return Draft(("count", words[0], *items), language, prompt, str(items.count(words[0])))
 
 
 def draw_reversing(rng: random.Random) -> Draft:
-    """Three to six digits written together, or letters with spaces: one token a character either way."""
+    """Three to five digits written together, or letters with spaces: one token a character either way."""
     alphabet, separator = rng.choice((("0123456789", ""), (LETTERS, " ")))
-    items = rng.choices(alphabet, k=rng.randint(3, 6))
+    items = rng.choices(alphabet, k=rng.randint(3, 5))
     language, phrasing = choose_phrasing(rng, REVERSING)
     prompt = phrasing.format(items=separator.join(items))
     return Draft(("reverse", *items), language, prompt, separator.join(reversed(items)))
@@ -203,8 +205,8 @@ DAYS_EARLIER = {
 
 
 def draw_weekday(rng: random.Random) -> Draft:
-    """A weekday 1 to 20 days after or before another."""
-    day, distance, sign = rng.randrange(7), rng.randint(1, 20), rng.choice((1, -1))
+    """A weekday 1 to 10 days after or before another."""
+    day, distance, sign = rng.randrange(7), rng.randint(1, 10), rng.choice((1, -1))
     language, phrasing = choose_phrasing(rng, DAYS_LATER if sign > 0 else DAYS_EARLIER)
     names = WEEKDAYS[language]
     prompt = phrasing.format(day=names[day], n=distance)
@@ -254,6 +256,7 @@ FACTS = {
 
 
 def draw_fact(rng: random.Random) -> Draft:
+    """One attribute of one model, which goes by its name with or without the first hyphen."""
     attribute = rng.choice(ATTRIBUTES)
     model, value = rng.choice([pair for pair in zip(MODELS, attribute.values, strict=True) if pair[1] is not None])
     language, phrasing = choose_phrasing(rng, FACTS)
@@ -267,17 +270,17 @@ def draw_fact(rng: random.Random) -> Draft:
 
 # name: (how to draw one, share of the training questions)
 TASKS: dict[str, tuple[Callable[[random.Random], Draft], float]] = {
-    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.11),
-    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.15),
-    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.11),
-    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.18),
-    "comparing": (draw_comparing, 0.07),
-    "sorting": (draw_sorting, 0.07),
-    "counting": (draw_counting, 0.06),
-    "reversing": (draw_reversing, 0.05),
-    "continuing": (draw_continuing, 0.07),
+    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.12),
+    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.13),
+    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.12),
+    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.15),
+    "comparing": (draw_comparing, 0.06),
+    "sorting": (draw_sorting, 0.08),
+    "counting": (draw_counting, 0.08),
+    "reversing": (draw_reversing, 0.08),
+    "continuing": (draw_continuing, 0.08),
     "weekdays": (draw_weekday, 0.06),
-    "ERNIE 4.5 facts": (draw_fact, 0.07),
+    "ERNIE 4.5 facts": (draw_fact, 0.04),
 }
 TASK_NAMES = tuple(TASKS)
 TASK_SHARES = tuple(share for _, share in TASKS.values())

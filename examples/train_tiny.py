@@ -29,6 +29,7 @@ from muon import Muon
 from paddle import Tensor
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from team import Team
 from tiny_data import IGNORED, Batch, draw_conversations, pack
 from tiny_tokenizer import build_tokenizer
 from tqdm import tqdm
@@ -117,10 +118,12 @@ class Optimizers:
         self.muon.step(self.matrix_rate * schedule)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Momenta and moments of both optimizers."""
         moments = {f"adamw.{name}": v for name, v in self.adamw.state_dict().items() if isinstance(v, Tensor)}
         return moments | {f"muon.{name}": value for name, value in self.muon.state_dict().items()}
 
     def set_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state_dict` gave."""
         self.adamw.set_state_dict({name[6:]: v for name, v in state.items() if name.startswith("adamw.")})
         self.muon.set_state_dict({name[5:]: v for name, v in state.items() if name.startswith("muon.")})
 
@@ -130,34 +133,24 @@ def schedule(step: int, progress: float, warmup: int = 50) -> float:
     return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 3)
 
 
-def average_over_workers(model: ErnieForCausalLM, counts: dict[int, Tensor]) -> None:
-    """Averages the gradients over all workers and sums the experts' token counts, in place; alone, changes nothing."""
-    workers = paddle.distributed.get_world_size()
-    if workers == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = paddle.concat([gradient.flatten() for gradient in gradients])
-    paddle.distributed.all_reduce(flat)
-    parts = paddle.split(flat / workers, [gradient.size for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.reshape(gradient.shape), True)
-    for count in counts.values():
-        paddle.distributed.all_reduce(count)
+def average_over_team(team: Team, model: ErnieForCausalLM, counts: dict[int, Tensor], seconds: float) -> float:
+    """Averages gradients and the experts' token counts over the team, in place; returns the mean of the clocks.
 
-
-def agreed(seconds: float) -> float:
-    """The first worker's clock, so that all workers stop at the same step."""
-    if paddle.distributed.get_world_size() == 1:
+    With one clock for all, all workers stop at the same step.
+    """
+    if team.size == 1:
         return seconds
-    clock = paddle.to_tensor([seconds], dtype="float64")
-    paddle.distributed.broadcast(clock, src=0)
-    return clock.item()
+    shared = [p.grad for p in model.parameters() if p.grad is not None] + list(counts.values())
+    arrays = [tensor.numpy().astype(np.float32) for tensor in shared]
+    *means, clock = team.average([*arrays, np.array([seconds], np.float32)])
+    for tensor, mean in zip(shared, means, strict=True):
+        tensor.set_value(mean)
+    return float(clock[0])
 
 
 def expert_load(counts: dict[int, Tensor]) -> dict[str, float]:
     """How many times the mean load the busiest expert of each layer carries: 1 is even, the expert count the worst."""
-    wide = {layer: count.astype("float32") for layer, count in counts.items()}
-    return {str(layer): round(float(count.max() / count.mean()), 3) for layer, count in wide.items()}
+    return {str(layer): round(float(count.max() / count.mean()), 3) for layer, count in counts.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -238,35 +231,34 @@ class Settings:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def train(settings: Settings) -> Report:
+def train(team: Team, settings: Settings) -> Report:
     """Trains and leaves a checkpoint folder with training.json at `settings.output`; one call per worker."""
     paddle.seed(settings.seed)
-    if settings.workers > 1:
-        paddle.distributed.init_parallel_env()
-        set_num_threads(1)
-    first = paddle.distributed.get_rank() == 0
+    first = team.rank == 0
     tokenizer = ErnieTokenizer.from_pretrained(settings.output)
     vocabulary = math.ceil(len(tokenizer) / 64) * 64
     config = ErnieConfig.from_dict({**MODEL, "vocab_size": vocabulary, **settings.changes})
     model = ErnieForCausalLM(config)
     model.train()
+    if team.size > 1:
+        set_num_threads(1)
     shrink_residual_outputs(model)
     routers = {index: layer.mlp for index, layer in enumerate(model.ernie.layers) if isinstance(layer.mlp, MoE)}
     optimizers = Optimizers(model, settings.rate, settings.matrix_rate)
-    report = Report(settings.seed, settings.workers * settings.rows, settings.length)
+    report = Report(settings.seed, team.size * settings.rows, settings.length)
     if settings.resume:
         report = load_checkpoint(settings.output / CHECKPOINT, model, optimizers)
 
     bar = tqdm(total=settings.steps, initial=report.steps, unit="step", mininterval=1.0, disable=not first)
-    saved = report.seconds
+    saved, now = report.seconds, time.monotonic()
     while (progress := max(report.steps / settings.steps, report.seconds / 60 / settings.minutes)) < 1:
-        began = time.monotonic()
-        rng = random.Random(f"{settings.seed} {report.steps} {paddle.distributed.get_rank()}")
+        rng = random.Random(f"{settings.seed} {report.steps} {team.rank}")
         batch = pack(draw_conversations(rng, tokenizer.encode, config.eos_token_id), settings.rows, settings.length)
         loss, right, routing = answer_loss(model, batch)
         (loss + router_loss(routing, routers, config.moe_k)).backward()
-        counts = {step.layer: step.counts for step in routing}
-        average_over_workers(model, counts)
+        counts = {step.layer: step.counts.astype("float32") for step in routing}
+        previous, now = now, time.monotonic()
+        clock = average_over_team(team, model, counts, report.seconds + now - previous)
         optimizers.step(schedule(report.steps, progress))
         for layer, count in counts.items():
             update_correction_bias(routers[layer].moe_statics.e_score_correction_bias, count.unsqueeze(0), BIAS_RATE)
@@ -278,8 +270,8 @@ def train(settings: Settings) -> Report:
             report.expert_load_at_start = report.expert_load_at_start or report.expert_load_at_end
             bar.set_postfix(point | {"tokens/s": int(report.tokens / max(report.seconds, 1e-9))}, refresh=False)
         report.steps += 1
-        report.tokens += batch.tokens * settings.workers
-        report.seconds = agreed(report.seconds + time.monotonic() - began)
+        report.tokens += batch.tokens * team.size
+        report.seconds = clock
         bar.update()
         if first and report.seconds - saved > settings.save_minutes * 60:
             save(settings.output, model, optimizers, report)
@@ -291,6 +283,7 @@ def train(settings: Settings) -> Report:
 
 
 def parse_arguments() -> Settings:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="Train a small ERNIE 4.5 mixture of experts.")
     parser.add_argument("--output", type=Path, default=Path("build/tiny"), help="checkpoint folder (build/tiny)")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (6000)")
@@ -306,11 +299,8 @@ def parse_arguments() -> Settings:
 
 if __name__ == "__main__":
     settings = parse_arguments()
-    build_tokenizer(settings.output)
-    if settings.workers == 1:
-        train(settings)
-    else:
-        paddle.distributed.spawn(train, args=(settings,), nprocs=settings.workers, backend="gloo")
-    report = json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
-    print(f"{report['tokens']:,} tokens in {report['seconds']:.0f} s; busiest expert, times the mean load:")
-    print(f"  at the start {report['expert_load_at_start']}, at the end {report['expert_load_at_end']}")
+    if not settings.resume:
+        build_tokenizer(settings.output)
+    report = Team(settings.workers).run(train, settings)
+    print(f"{report.tokens:,} tokens in {report.seconds:.0f} s; busiest expert, times the mean load:")
+    print(f"  at the start {report.expert_load_at_start}, at the end {report.expert_load_at_end}")

@@ -223,6 +223,9 @@ def test_missing_required_key(missing: str) -> None:
         ({"moe_num_experts": 4, "moe_k": 5}, "moe_k 5 exceeds the 4 experts of bank 0"),
         ({"moe_num_experts": [4, "x"]}, "moe_num_experts must be an integer or a list of integers"),
         ({"moe_num_experts": -4}, "moe_num_experts must not be negative"),
+        ({"moe_num_shared_experts": {}}, "moe_num_shared_experts must be a non-negative integer, found {}"),
+        ({"hidden_size": 10**30}, "exceeds 1000000, far more than any ERNIE 4.5 model has"),
+        ({"moe_num_experts": 8, "moe_intermediate_size": [10**30]}, "moe_intermediate_size 1000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 exceeds 1000"),
         ({"moe_num_experts": 10**9}, "4000000000 experts in all layers exceed"),
         ({"num_attention_heads": 10**9, "head_dim": 2}, "num_attention_heads 1000000000 exceeds 1024"),
@@ -233,6 +236,10 @@ def test_missing_required_key(missing: str) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling"),
         ({"vision_config": "x"}, "vision_config must be an object"),
+        ({"vision_config": {"depth": 10**9}}, "vision_config.depth must be a positive integer up to 1000"),
+        ({"vision_config": {"patch_size": "14"}}, "vision_config.patch_size must be a positive integer"),
+        ({"vision_config": {"mlp_ratio": -4}}, "vision_config.mlp_ratio must be a positive number"),
+        ({"vision_config": {}, "spatial_conv_size": 0.5}, "spatial_conv_size must be a positive integer"),
     ],
 )
 def test_refusals_name_key_value_and_expectation(keys: dict[str, Any], message: str) -> None:
@@ -300,3 +307,4 @@ def test_fuzz(raw: dict[str, Any], deleted: set[str], replaced: dict[str, Any]) 
         again = ErnieConfig.from_dict(config.to_dict(layout))
         assert_same(again, config)
     assert len([i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]) <= config.num_hidden_layers
+    assert config.shared_intermediate_size >= 0

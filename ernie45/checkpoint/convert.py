@@ -36,8 +36,16 @@ if TYPE_CHECKING:
     from ernie45.models.causal_lm import ErnieForCausalLM
 
 SMALL_FILE_BYTES = 100 * 2**20
-# Keys for which the readers of the two layouts have different defaults.
-ALWAYS_WRITTEN = {*PADDLE_DEFAULTS, *PT_DEFAULTS, "tie_word_embeddings", "num_key_value_heads", "head_dim"}
+# Keys for which the readers of the two layouts have different defaults, and what transformers tells a model by.
+ALWAYS_WRITTEN = {
+    *PADDLE_DEFAULTS,
+    *PT_DEFAULTS,
+    "tie_word_embeddings",
+    "num_key_value_heads",
+    "head_dim",
+    "model_type",
+    "architectures",
+}
 METADATA = {PADDLE: {"format": "np"}, PT: {"format": "pt"}}
 
 
@@ -163,7 +171,7 @@ def _converted_config(source: Path, config: ErnieConfig, layout: str, dtype: str
     spelled = {"torch_dtype": "dtype"} if layout == PADDLE else {"dtype": "torch_dtype"}
     content = {spelled.get(key, key): value for key, value in raw.items()}
     for key in ("architectures", "dtype", "torch_dtype"):
-        if key in content and key in new:
+        if key in new and (key in content or (dtype is not None and key != "architectures")):
             content[key] = new[key]
     return content | {key: new[key] for key in unset if key not in _canonical(raw)}
 

@@ -250,12 +250,12 @@ class _Table:
 
     def vision_tower(self) -> list[TensorSpec]:
         group, vision = "vision tower", self.config.vision_config or {}
-        width = vision.get("embed_dim", 1280)
-        patch = vision.get("in_channels", vision.get("in_chans", 3))
-        patch *= vision.get("patch_size", vision.get("spatial_patch_size", 14)) ** 2
-        inner = int(width * vision.get("mlp_ratio", 4))
+        width = vision.get("embed_dim") or 1280
+        patch = vision.get("in_channels") or vision.get("in_chans") or 3
+        patch *= (vision.get("patch_size") or vision.get("spatial_patch_size") or 14) ** 2
+        inner = int(width * (vision.get("mlp_ratio") or 4))
         specs = [self.linear("vision_model.patch_embed.proj.weight", group, patch, width)]
-        for block in range(vision.get("depth", 32)):
+        for block in range(vision.get("depth") or 32):
             prefix = f"vision_model.blocks.{block}"
             specs += self.layer_norm(f"{prefix}.norm1", group, width) + self.layer_norm(f"{prefix}.norm2", group, width)
             specs += self.linear_with_bias(f"{prefix}.attn.qkv", group, width, 3 * width)
@@ -266,9 +266,9 @@ class _Table:
 
     def adapter(self) -> list[TensorSpec]:
         group, prefix, extra = "adapter", "ernie.resampler_model", self.config.extra
-        pixels = extra.get("pixel_hidden_size", (self.config.vision_config or {}).get("hidden_size", 1280))
-        width = pixels * extra.get("spatial_conv_size", 2) ** 2
-        frames = width * extra.get("temporal_conv_size", 2)
+        pixels = extra.get("pixel_hidden_size") or (self.config.vision_config or {}).get("hidden_size") or 1280
+        width = pixels * (extra.get("spatial_conv_size") or 2) ** 2
+        frames = width * (extra.get("temporal_conv_size") or 2)
         return [
             *self.linear_with_bias(f"{prefix}.spatial_linear.0", group, width, width),
             *self.linear_with_bias(f"{prefix}.spatial_linear.2", group, width, width),

@@ -103,7 +103,7 @@ class GenerationConfig:
                 eos_token_id=_ids(config.eos_token_id if eos is None else eos),
                 extra=extra,
             )
-        except (OSError, ValueError, RecursionError, TypeError) as error:  # ValueError: also ConfigError, bad UTF-8 or JSON
+        except (OSError, ValueError, RecursionError, TypeError) as error:  # ValueError: bad JSON, UTF-8 or option
             raise ConfigError(f"{path}: {error}; download it again or correct it") from error
 
     def override(self, **options: Any) -> GenerationConfig:

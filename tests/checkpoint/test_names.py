@@ -54,9 +54,7 @@ def test_published_sizes(name: str, options: dict[str, bool], parameters: int) -
         assert len({part.name for part in parts}) == len(parts)
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("ernie-4.5-21b-a3b", 21_826), ("ernie-4.5-300b-a47b", 298_600)]
-)
+@pytest.mark.parametrize(("name", "millions"), [("ernie-4.5-21b-a3b", 21_826), ("ernie-4.5-300b-a47b", 298_600)])
 def test_published_sizes_in_millions(name: str, millions: int) -> None:
     config = ErnieConfig.from_pretrained(CONFIGS / f"{name}.json")
     assert sum(s.size for s in checkpoint_tensors(config, mtp=False)) / 1e6 == pytest.approx(millions, rel=3e-4)
@@ -142,9 +140,7 @@ def test_tensors_decide_what_the_config_leaves_open(layout: str) -> None:
     def names(**changes: Any) -> list[str]:
         return [part.name for s in specs_of({**MTP, **changes}) for part in s.stored(layout)]
 
-    silent = tiny_config(
-        MTP, tie_word_embeddings=None, moe_use_aux_free=None, num_nextn_predict_layers=None
-    )
+    silent = tiny_config(MTP, tie_word_embeddings=None, moe_use_aux_free=None, num_nextn_predict_layers=None)
     settled = settle_config(silent, names())
     assert not settled.tie_word_embeddings and settled.moe_use_aux_free and settled.num_nextn_predict_layers == 2
     bare = names(tie_word_embeddings=True, moe_use_aux_free=False, num_nextn_predict_layers=0)

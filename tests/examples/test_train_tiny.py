@@ -17,6 +17,7 @@ from ernie45 import ErnieForCausalLM, ErnieTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 muon = importlib.import_module("muon")
+team = importlib.import_module("team")
 tiny_accuracy = importlib.import_module("tiny_accuracy")
 tiny_data = importlib.import_module("tiny_data")
 tiny_tasks = importlib.import_module("tiny_tasks")
@@ -50,7 +51,9 @@ def tokenizer(folder: Path) -> ErnieTokenizer:
 # ---- tokenizer
 
 
-@pytest.mark.parametrize("text", ["23+58=?", "  two  spaces\n\n", "你好，世界🙂", "tab\tﬁ①", "龘", "User: hi\nAssistant: "])
+@pytest.mark.parametrize(
+    "text", ["23+58=?", "  two  spaces\n\n", "你好，世界🙂", "tab\tﬁ①", "龘", "User: hi\nAssistant: "]
+)
 def test_text_comes_back_unchanged(tokenizer: ErnieTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -75,9 +78,7 @@ def test_the_chat_template_is_the_published_one(tokenizer: ErnieTokenizer) -> No
         {"role": "user", "content": "Bye"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert text == (
-        "<|begin_of_sentence|>Be brief.\nUser: Hi\nAssistant: Ho<|end_of_sentence|>User: Bye\nAssistant: "
-    )
+    assert text == ("<|begin_of_sentence|>Be brief.\nUser: Hi\nAssistant: Ho<|end_of_sentence|>User: Bye\nAssistant: ")
 
 
 # ---- data
@@ -122,13 +123,15 @@ def test_rows_are_whole_conversations_side_by_side() -> None:
 def test_orthogonalized_matrices_have_singular_values_around_one() -> None:
     for shape in ([3, 24, 16], [16, 40]):
         values = paddle.linalg.svd(muon.orthogonalize(paddle.randn(shape)))[1]
-        assert 0.5 < float(values.min()) and float(values.max()) < 1.5
+        assert float(values.min()) > 0.5 and float(values.max()) < 1.5
 
 
 def run(output: Path, steps: int, resume: bool = False) -> None:
     if not resume:
         tiny_tokenizer.build_tokenizer(output, questions=3000)
-    train_tiny.train(train_tiny.Settings(output, steps, rows=2, length=64, resume=resume, changes=SMALL))
+    settings = train_tiny.Settings(output, steps, rows=2, length=64, resume=resume, changes=SMALL)
+    with paddle.utils.unique_name.guard():  # the optimizer's state goes by names that Paddle counts up in a process
+        train_tiny.train(team.Team(), settings)
 
 
 def test_a_run_leaves_a_checkpoint_that_answers(tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_a_run_leaves_a_checkpoint_that_answers(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
-    # The descent of the learning rate depends on the run's length, and starts in its last third: stop before it.
+    # So short a run is all warm-up: its learning rates do not depend on its length.
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     run(whole, 4)
     run(parted, 2)
@@ -154,4 +157,4 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     first, second = (ErnieForCausalLM.from_pretrained(path).state_dict() for path in (whole, parted))
     assert first.keys() == second.keys()
     for name, value in first.items():
-        np.testing.assert_allclose(value.numpy(), second[name].numpy(), atol=2e-2, err_msg=name)
+        np.testing.assert_array_equal(value.numpy(), second[name].numpy(), err_msg=name)

@@ -188,6 +188,22 @@ def test_paddle_save_and_load(tmp_path: Path) -> None:
     assert difference(run(source, token_ids(1, 5)), run(target, token_ids(1, 5))) == 0
 
 
+# Half precision.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("keys", [DENSE, MOE], ids=["dense", "moe"])
+def test_half_precision_weights_compute_in_float32_on_a_cpu(keys: dict[str, Any], dtype: str) -> None:
+    half, ids = tiny_model(ErnieConfig(**keys), dtype=dtype), token_ids(2, 7)
+    wide = tiny_model(ErnieConfig(**keys), seed=5)
+    wide.set_state_dict(half.state_dict())
+    loss, logits = half(ids, labels=ids)
+    assert logits.dtype == paddle.float32
+    assert difference(logits, run(wide, ids)) < 1e-6
+    loss.backward()
+    assert all(p.grad.dtype == p.dtype for p in half.parameters() if not p.stop_gradient)
+
+
 # Initial weights.
 
 

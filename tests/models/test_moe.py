@@ -8,7 +8,7 @@ import pytest
 
 from ernie45 import ops
 from ernie45.config import ErnieConfig
-from ernie45.models.moe import ExpertBank, MoE, Routing
+from ernie45.models.moe import ExpertBank, MoE, Routing, published_tensors
 from tests.helpers.numeric import numeric_gradient, softmax, swiglu_mlp, top_k
 from tests.helpers.tiny import MOE, difference, tiny_config
 
@@ -219,3 +219,11 @@ def test_gradients_through_two_banks() -> None:
 
     np.testing.assert_allclose(at.grad.numpy(), numeric_gradient(loss, x), rtol=1e-3, atol=1e-4)
     assert np.abs(moe.gate.weight.grad.numpy()).max() > 0 and np.abs(moe.gate.weight_1.grad.numpy()).max() > 0
+
+
+def test_experts_of_the_second_bank_are_numbered_after_those_of_the_first() -> None:
+    config = tiny_config(**TWO_BANKS)
+    experts = layer(config).experts[1].down_proj
+    published = dict(published_tensors("ernie.layers.1.mlp.experts.1.down_proj", experts, config.banks))
+    assert list(published) == [f"ernie.layers.1.mlp.experts.{i}.down_proj.weight" for i in range(6, 12)]
+    assert difference(published["ernie.layers.1.mlp.experts.8.down_proj.weight"], experts[2]) == 0

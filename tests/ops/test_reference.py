@@ -193,7 +193,9 @@ def test_attention_in_blocks_asks_for_parts_of_the_mask(monkeypatch: pytest.Monk
 
 def test_a_row_that_sees_nothing_is_finite() -> None:
     x = paddle.to_tensor(random(1, 2, 1, 4))
-    found = ops.attention(x, x, x, 1.0, lambda first, last, columns: paddle.zeros([1, 1, last - first, columns], "bool"))
+    found = ops.attention(
+        x, x, x, 1.0, lambda first, last, columns: paddle.zeros([1, 1, last - first, columns], "bool")
+    )
     close(found, np.broadcast_to(x.numpy().mean(axis=1, keepdims=True), (1, 2, 1, 4)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from ernie45.models.causal_lm import ErnieForCausalLM
 from tests.helpers.tiny import difference, greedy, read_folder, same_bits, tiny_config, tiny_model
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.parity
+# Imported where they are used: merely collecting this file must not take the seconds that they need.
+installed = find_spec("torch") and find_spec("transformers")
+pytestmark = [pytest.mark.parity, pytest.mark.skipif(not installed, reason="needs torch and transformers")]
 
 STEPS = 24
 TOLERANCE = 1e-4  # relative to the largest logit
@@ -77,6 +78,9 @@ def test_the_draw_covers_what_it_should() -> None:
 
 def build(keys: dict[str, Any], seed: int) -> Any:
     """A transformers model whose every parameter is random, norms and correction bias included."""
+    import torch
+    import transformers
+
     kind = "Ernie4_5_Moe" if "moe_num_experts" in keys else "Ernie4_5"
     config = getattr(transformers, f"{kind}Config")(
         **keys, rope_parameters={"rope_type": "default", "rope_theta": 10000.0 * (1 + seed % 3)}
@@ -95,12 +99,16 @@ def build(keys: dict[str, Any], seed: int) -> Any:
 
 
 def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.numpy()
 
 
 def continuation_of(model: Any, ids: np.ndarray) -> tuple[np.ndarray, int]:
     """Greedy ids [1, STEPS], and the number of steps before the first close call."""
+    import torch
+
     found = model.generate(
         torch.from_numpy(ids),
         attention_mask=torch.ones(ids.shape, dtype=torch.int64),
@@ -139,6 +147,9 @@ def test_reads_what_transformers_writes(seed: int, tmp_path: Path) -> None:
 
 @seeds
 def test_transformers_reads_what_we_write(seed: int, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
     keys = draw(seed)
     ours = tiny_model(tiny_config(keys, moe_use_aux_free="moe_num_experts" in keys), seed)
     ours.save_pretrained(tmp_path / "direct", layout="pt", progress=False)
