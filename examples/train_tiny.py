@@ -1,7 +1,7 @@
 """Trains a small ERNIE 4.5 mixture of experts from nothing, on questions that `tiny_tasks.py` writes.
 
-    python examples/train_tiny.py --output build/tiny --minutes 60          # stop it any time, then
-    python examples/train_tiny.py --output build/tiny --minutes 60 --resume
+    python examples/train_tiny.py --output build/tiny --minutes 60 --workers 2 --rows 8   # two cores; stop it any time
+    python examples/train_tiny.py --output build/tiny --minutes 60 --workers 2 --rows 8 --resume
     python tools/tiny_accuracy.py build/tiny
 
 A plain loop on this library's layers. Conversations in the chat format are packed into rows, with a mask that keeps

@@ -34,6 +34,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000  # as in the published checkpoints
 _OWN_SHARD_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PARTIAL_SUFFIX = ".partial"
 _WRITE_STEP_BYTES = 1 << 26  # between two updates of the progress bar
+_BAR_DELAY_SECONDS = 1.0  # what is written sooner needs no progress bar
 _HEADER_ALIGNMENT = 8
 _SPARE_BYTES = 1 << 20
 
@@ -228,7 +229,7 @@ def _progress_bar(plans: list[TensorPlan], progress: bool) -> tqdm:
     from tqdm import tqdm
 
     total = sum(plan.byte_count for plan in plans)
-    return tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=not progress)
+    return tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=_BAR_DELAY_SECONDS, disable=not progress)
 
 
 def _write_shard(folder: Path, shard: _Shard, bar: tqdm) -> None:

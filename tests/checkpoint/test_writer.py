@@ -291,6 +291,7 @@ def test_destination_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_progress_counts_every_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(writer, "_WRITE_STEP_BYTES", 1000)
+    monkeypatch.setattr(writer, "_BAR_DELAY_SECONDS", 0.0)
     write(tmp_path, [plan("t", np.zeros(1000, np.float32))], progress=True)
     shown = capsys.readouterr().err
     assert "writing: 100%" in shown and "4.00k/4.00k" in shown and "B/s" in shown
