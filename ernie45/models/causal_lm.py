@@ -9,7 +9,7 @@ from typing import Any
 
 import paddle
 from paddle import Tensor, nn
-from paddle.nn.initializer import Constant, Normal
+from paddle.nn.initializer import Normal
 
 from ernie45 import ops
 from ernie45.checkpoint.folder import CheckpointFolder
@@ -24,24 +24,9 @@ from ernie45.generation.streaming import stream
 from ernie45.losses import language_model_loss
 from ernie45.models.cache import KVCache
 from ernie45.models.decoder import Decoder
+from ernie45.models.layers import Linear
 from ernie45.models.moe import Routing, published_tensors
 from ernie45.runtime import prepare_cpu
-
-
-class Head(nn.Layer):
-    """Output projection: the embedding transposed if tied, else its own weight [hidden_size, vocab_size]."""
-
-    def __init__(self, config: ErnieConfig, dtype: str):
-        super().__init__()
-        if not config.tie_word_embeddings:
-            self.weight = self.create_parameter(
-                [config.hidden_size, config.vocab_size], dtype=dtype, default_initializer=Constant(0.0)
-            )
-
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """hidden [..., hidden_size] -> logits [..., vocab_size]."""
-        tied = not hasattr(self, "weight")
-        return ops.linear_transposed(hidden, embedding) if tied else ops.linear(hidden, self.weight)
 
 
 class ErnieForCausalLM(nn.Layer):
@@ -65,7 +50,7 @@ class ErnieForCausalLM(nn.Layer):
         self.dtype = dtype
         self.generation_config = GenerationConfig.from_model_config(config)
         self.ernie = Decoder(config, dtype, mtp)
-        self.head = Head(config, dtype)
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)
         if initialize:
             self.initialize_weights()
 
@@ -102,7 +87,9 @@ class ErnieForCausalLM(nn.Layer):
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., hidden_size] that have passed the final norm."""
-        return self.head(hidden, self.ernie.embed_tokens.weight)
+        if self.head is None:
+            return ops.linear_transposed(hidden, self.ernie.embed_tokens.weight)
+        return self.head(hidden)
 
     def next_n_logits(self, input_ids: Tensor) -> list[Tensor]:
         """Logits of the model and of each multi-token-prediction depth: see `Decoder.forward_next_n`."""
