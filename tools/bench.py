@@ -3,7 +3,7 @@
     python tools/bench.py                                    the small model that comes with the package
     python tools/bench.py --model /tmp/random-0.3b --dtype float32
 
-The limits come from the same run: decoding cannot be faster than reading every used weight once (bytes over copy
+The limits come from the same run: decoding cannot be faster than reading every used weight once (bytes over read
 bandwidth), prefill not faster than the matrix products (operations over the best rate of a large product).
 Load and peak memory are measured in a process of their own.
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
@@ -54,10 +55,13 @@ def best_seconds(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that a large memory read reaches: a float32 matrix-vector product over 512 MB."""
-    matrix, vector = paddle.ones([8192, 16384]), paddle.ones([16384, 1])
-    return matrix.numel().item() * 4 / best_seconds(lambda: paddle.matmul(matrix, vector), 5)
+def read_bandwidth() -> float:
+    """Bytes per second at which all cores together read 1 GB of memory (the maximum of float32 numbers)."""
+    cores = physical_cores()
+    parts = [np.ones(2**28 // cores, np.float32) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        seconds = best_seconds(lambda: list(pool.map(np.max, parts)), 5)
+    return sum(part.nbytes for part in parts) / seconds
 
 
 def matmul_rate() -> float:
@@ -105,7 +109,7 @@ def main() -> None:
     prepare_cpu()
     load = measure_load(options.model, options.dtype)
     model = ErnieForCausalLM.from_pretrained(options.model, dtype=options.dtype, progress=False)
-    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    bandwidth, rate = read_bandwidth(), matmul_rate()
     prefill, decode = measure_speed(model, options.prompt, options.new)
     specs = checkpoint_tensors(model.config, vision=False)
     active = sum(active_parameters(model.config, spec) for spec in specs)
