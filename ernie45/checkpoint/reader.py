@@ -101,14 +101,15 @@ class _Storage:
 
     def __init__(self, parameter: Tensor):
         self.parameter = parameter
-        self.array, self.dtype = to_numpy(parameter)
+        self.host = parameter.detach().cpu()
+        self.array, self.dtype = to_numpy(self.host)
 
     def __enter__(self) -> _Storage:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None and not self.parameter.place.is_cpu_place():
-            self.parameter.set_value(self.array)
+            self.parameter.copy_(self.host, True)  # not set_value, which would give a view memory of its own
 
 
 def _as_found(part: Part, spec: TensorSpec, folder: CheckpointFolder) -> Part:
