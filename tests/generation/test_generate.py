@@ -258,14 +258,14 @@ def test_own_processors_see_the_tokens_so_far_and_come_last(model: ErnieForCausa
 
 
 def test_only_the_last_position_goes_through_the_head(model: ErnieForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, head = [], model.head.forward
+    shapes, head = [], model.lm_head
 
-    def count(hidden: paddle.Tensor, embedding: paddle.Tensor) -> paddle.Tensor:
+    def count(hidden: paddle.Tensor) -> paddle.Tensor:
         shapes.append(list(hidden.shape))
         assert not paddle.is_grad_enabled()
-        return head(hidden, embedding)
+        return head(hidden)
 
-    monkeypatch.setattr(model.head, "forward", count)
+    monkeypatch.setattr(model, "lm_head", count)
     model.generate(PROMPTS, max_new_tokens=3, **NO_EOS)
     assert shapes == [[3, model.config.hidden_size]] * 3
     assert paddle.is_grad_enabled()
