@@ -9,7 +9,7 @@ import time
 
 from ernie45 import ErnieForCausalLM, ErnieTokenizer
 
-QUESTIONS = ("23+58=?", "从小到大排列：42、7、19", "What is the number of layers of ERNIE-4.5-21B-A3B?")
+QUESTIONS = ("23+58=?", "478加256等于多少？", "What is the number of layers of ERNIE-4.5-21B-A3B?")
 
 
 def main() -> None:

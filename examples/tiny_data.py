@@ -30,7 +30,7 @@ def draw_conversation(rng: random.Random, encode: Callable[[str], list[int]], en
     for _ in range(rng.choices((1, 2, 3, 4), TURN_SHARES)[0]):
         question = sample(rng)
         asked = encode(f"{prompt}User: {question.prompt}\nAssistant: ")
-        answer = encode(question.answer)
+        answer = encode(question.reply)
         ids += asked + answer
         labels += [IGNORED] * (len(asked) - 1) + answer + [end]
         prompt = "<|end_of_sentence|>"

@@ -1,5 +1,9 @@
 """Questions with one short right answer, in Chinese and English: what the small model of `train_tiny.py` learns.
 
+Where the answer takes several steps (columns of three-digit numbers, counting, weekdays) the reply shows them first:
+`478+256=?` is answered by `8+6=14, 7+5+1=13, 4+2+1=7. 734`. A small model learns each step within minutes, but not to
+do them all at once in its head.
+
 Every question is drawn from operands (two numbers, a list, a weekday and a distance, ...) and a phrasing. A hash of
 the operands alone puts about one question in ten into the held-out set, so that training never sees those operands
 in any phrasing and accuracy on them measures learning, not memory. Facts have no operands to hold out: there it is
@@ -22,12 +26,18 @@ HELDOUT_SHARE = 10  # one key in this many is held out
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its task's name, "zh" or "en", what the user says, and the only right answer."""
+    """One question: its task's name, "zh" or "en", what the user says, the only right answer, and the steps to it."""
 
     task: str
     language: str
     prompt: str
     answer: str
+    steps: str = ""
+
+    @property
+    def reply(self) -> str:
+        """What the model should say: the steps, if there are any, and then the answer."""
+        return f"{self.steps}. {self.answer}" if self.steps else self.answer
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Draft:
     language: str
     prompt: str
     answer: str
+    steps: str = ""
 
 
 def is_heldout(key: Hashable) -> bool:
@@ -84,14 +95,37 @@ def draw_addition(rng: random.Random, draw_pair: Callable[[random.Random], tuple
     """The order of the two numbers makes no difference to the split."""
     a, b = draw_pair(rng)
     language, phrasing = choose_phrasing(rng, ADDITION)
-    return Draft(("+", min(a, b), max(a, b)), language, phrasing.format(a=a, b=b), str(a + b))
+    steps = addition_steps(a, b) if max(a, b) > 99 else ""
+    return Draft(("+", min(a, b), max(a, b)), language, phrasing.format(a=a, b=b), str(a + b), steps)
 
 
 def draw_subtraction(rng: random.Random, draw_pair: Callable[[random.Random], tuple[int, int]]) -> Draft:
     """The result is never negative."""
     b, a = sorted(draw_pair(rng))
     language, phrasing = choose_phrasing(rng, SUBTRACTION)
-    return Draft(("-", a, b), language, phrasing.format(a=a, b=b), str(a - b))
+    steps = subtraction_steps(a, b) if a > 99 else ""
+    return Draft(("-", a, b), language, phrasing.format(a=a, b=b), str(a - b), steps)
+
+
+def addition_steps(a: int, b: int) -> str:
+    """The columns from the right, each with what is carried into it: "8+6=14, 7+5+1=13, 4+2+1=7"."""
+    steps, carry = [], 0
+    for place in (1, 10, 100):
+        first, second = a // place % 10, b // place % 10
+        steps.append(f"{first}+{second}{'+1' if carry else ''}={first + second + carry}")
+        carry = (first + second + carry) // 10
+    return ", ".join(steps)
+
+
+def subtraction_steps(a: int, b: int) -> str:
+    """The columns from the right, each with what is borrowed from and by it: "3+10-9=4, 1-1+10-9=1, 8-1-0=7"."""
+    steps, borrowed = [], 0
+    for place in (1, 10, 100):
+        first, second = a // place % 10 - borrowed, b // place % 10
+        spelled = f"{a // place % 10}{'-1' if borrowed else ''}"
+        borrowed = int(first < second)
+        steps.append(f"{spelled}{'+10' if borrowed else ''}-{second}={first + 10 * borrowed - second}")
+    return ", ".join(steps)
 
 
 # ------------------------------------------------------------------------------------------------- comparing, sorting
@@ -140,7 +174,7 @@ def draw_sorting(rng: random.Random) -> Draft:
 
 COUNTING = {
     "zh": ("{items}，其中有几个“{target}”？", "数一数：{items}，有几个“{target}”？", "“{target}”出现几次：{items}"),
-    "en": ("How many {target} are in {items}?", "Count the {target} in {items}", "{items}: how many {target}?"),
+    "en": ("How many {target} are in {items}?", "Count the {target} in {items}", "In {items}, how many {target}?"),
 }
 COUNTED_WORDS = {
     "zh": ("猫", "狗", "鱼", "鸟", "马", "牛", "羊", "花"),
@@ -163,15 +197,22 @@ def draw_counting(rng: random.Random) -> Draft:
     alphabet = rng.choice((LETTERS, COUNTED_WORDS[language]))
     words = rng.sample(alphabet, 3)
     items = rng.choices(words, k=rng.randint(3, 6))
-    prompt = phrasing.format(items=" ".join(items), target=words[0])
-    return Draft(("count", words[0], *items), language, prompt, str(items.count(words[0])))
+    separator = "、" if language == "zh" else " "  # either way the target is the same token as in the list
+    prompt = phrasing.format(items=separator.join(items), target=words[0])
+    steps = separator.join(f"{item}{items[: place + 1].count(words[0])}" for place, item in enumerate(items))
+    return Draft(("count", words[0], *items), language, prompt, str(items.count(words[0])), steps)
 
 
 def draw_reversing(rng: random.Random) -> Draft:
-    """Three to five digits written together, or letters with spaces: one token a character either way."""
-    alphabet, separator = rng.choice((("0123456789", ""), (LETTERS, " ")))
-    items = rng.choices(alphabet, k=rng.randint(3, 5))
+    """Three to five digits written together, or letters or weekdays with separators: one token an item either way.
+
+    Weekdays are here so that the model, whose embedding is also its head, must tell them apart early: as the answers
+    of `draw_weekday` alone they look interchangeable at first, and their embeddings become so.
+    """
     language, phrasing = choose_phrasing(rng, REVERSING)
+    weekdays = (WEEKDAYS[language], "、" if language == "zh" else " ")
+    alphabet, separator = rng.choice((("0123456789", ""), (LETTERS, " "), weekdays))
+    items = rng.choices(alphabet, k=rng.randint(3, 5))
     prompt = phrasing.format(items=separator.join(items))
     return Draft(("reverse", *items), language, prompt, separator.join(reversed(items)))
 
@@ -184,7 +225,8 @@ def draw_continuing(rng: random.Random) -> Draft:
         terms.reverse()
     language, phrasing = choose_phrasing(rng, CONTINUING)
     items = ("，" if language == "zh" else ", ").join(map(str, terms[:4]))
-    return Draft(("continue", terms[0], terms[1]), language, phrasing.format(items=items), str(terms[4]))
+    steps = f"{terms[1] - terms[0]:+d}"
+    return Draft(("continue", terms[0], terms[1]), language, phrasing.format(items=items), str(terms[4]), steps)
 
 
 # ----------------------------------------------------------------------------------------------------------- weekdays
@@ -205,12 +247,14 @@ DAYS_EARLIER = {
 
 
 def draw_weekday(rng: random.Random) -> Draft:
-    """A weekday 1 to 14 days after or before another."""
-    day, distance, sign = rng.randrange(7), rng.randint(1, 14), rng.choice((1, -1))
+    """A weekday 1 to 9 days after or before another; the steps count the days."""
+    day, distance, sign = rng.randrange(7), rng.randint(1, 9), rng.choice((1, -1))
     language, phrasing = choose_phrasing(rng, DAYS_LATER if sign > 0 else DAYS_EARLIER)
     names = WEEKDAYS[language]
+    days = [names[(day + sign * step) % 7] for step in range(1, distance + 1)]
+    steps = ("、" if language == "zh" else ", ").join(f"{step} {name}" for step, name in enumerate(days, 1))
     prompt = phrasing.format(day=names[day], n=distance)
-    return Draft(("weekday", day, sign * distance), language, prompt, names[(day + sign * distance) % 7])
+    return Draft(("weekday", day, sign * distance), language, prompt, days[-1], steps)
 
 
 # ---------------------------------------------------------------------------------------- facts about ERNIE 4.5 itself
@@ -271,17 +315,17 @@ def draw_fact(rng: random.Random) -> Draft:
 # name: (how to draw one, share of the training questions). Answers of one token weigh little in the loss: they have
 # larger shares.
 TASKS: dict[str, tuple[Callable[[random.Random], Draft], float]] = {
-    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.11),
-    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.13),
-    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.10),
-    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.14),
-    "comparing": (draw_comparing, 0.05),
-    "sorting": (draw_sorting, 0.07),
-    "counting": (draw_counting, 0.12),
-    "reversing": (draw_reversing, 0.06),
-    "continuing": (draw_continuing, 0.06),
-    "weekdays": (draw_weekday, 0.12),
-    "ERNIE 4.5 facts": (draw_fact, 0.04),
+    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.17),
+    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.08),
+    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.18),
+    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.09),
+    "comparing": (draw_comparing, 0.07),
+    "sorting": (draw_sorting, 0.08),
+    "counting": (draw_counting, 0.06),
+    "reversing": (draw_reversing, 0.10),
+    "continuing": (draw_continuing, 0.07),
+    "weekdays": (draw_weekday, 0.05),
+    "ERNIE 4.5 facts": (draw_fact, 0.05),
 }
 TASK_NAMES = tuple(TASKS)
 TASK_SHARES = tuple(share for _, share in TASKS.values())
@@ -307,10 +351,11 @@ def sample(rng: random.Random, task: str | None = None, split: str = "train") ->
     while True:
         draft = draw(rng)
         if is_heldout(draft.key) == (split == "heldout"):
-            return Question(name, draft.language, draft.prompt, draft.answer)
+            return Question(name, draft.language, draft.prompt, draft.answer, draft.steps)
 
 
 def check(question: Question, reply: str) -> bool:
-    """Whether `reply` is the answer; only outer white space and one final full stop are forgiven."""
+    """Whether `reply` ends in the answer, after its steps if it has any; white space and a full stop are forgiven."""
     reply = reply.strip()
-    return question.answer in (reply, reply.removesuffix("."), reply.removesuffix("。"))
+    finals = {reply, reply.removesuffix("."), reply.removesuffix("。")}
+    return question.answer in finals | {final.rpartition(". ")[2] for final in finals}

@@ -129,8 +129,8 @@ class Optimizers:
 
 
 def schedule(step: int, progress: float, warmup: int = 50) -> float:
-    """Factor of the learning rates: a linear warm-up, then 1, then a linear descent to 0 over the last third."""
-    return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 3)
+    """Factor of the learning rates: a linear warm-up, then 1, then a linear descent to 0 over the last two thirds."""
+    return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 1.5)
 
 
 def average_over_team(team: Team, model: ErnieForCausalLM, counts: dict[int, Tensor], seconds: float) -> float:

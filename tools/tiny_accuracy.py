@@ -4,7 +4,7 @@
     python tools/tiny_accuracy.py ernie45-tiny --questions 1000 --json accuracy.json
 
 Every question is the only user message of a conversation in the model's chat template, and greedy decoding answers
-it. A reply counts if it is the answer and nothing else. The questions are the same for every model.
+it. A reply counts if the answer is all that it says after its steps. The questions are the same for every model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from tiny_tasks import TASK_NAMES, Question, check, sample
 
 QUESTION_SEED = 20250630
-LONGEST_ANSWER = 24  # tokens
+LONGEST_REPLY = 64  # tokens
 
 
 def draw_questions(task: str, count: int, split: str = "heldout") -> list[Question]:
@@ -60,7 +60,7 @@ def ask(
     replies = [""] * len(questions)
     for indices in batches_of_equal_length(prompts, batch_size):
         input_ids = paddle.to_tensor([prompts[index] for index in indices], dtype="int64")
-        ids, _ = model.generate(input_ids, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        ids, _ = model.generate(input_ids, max_new_tokens=LONGEST_REPLY, do_sample=False)
         for index, row in zip(indices, ids.tolist(), strict=True):
             replies[index] = tokenizer.decode(row, skip_special_tokens=True)
     return replies
@@ -83,7 +83,7 @@ def markdown(accuracy: dict[str, tuple[int, int]]) -> str:
     lines = ["| task | right | held-out questions | for example |", "| --- | --- | --- | --- |"]
     for task, (right, count) in accuracy.items():
         example = draw_questions(task, 1)[0]
-        lines.append(f"| {task} | {right / count:.3f} | {count} | `{example.prompt}` → `{example.answer}` |")
+        lines.append(f"| {task} | {right / count:.3f} | {count} | `{example.prompt}` → `{example.reply}` |")
     return "\n".join(lines)
 
 

@@ -65,8 +65,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     ERNIE's decoder rotates neighbours over the whole head, not the two halves against each other.
     """
-    pairs = x.astype("float32").reshape([*x.shape[:-1], -1, 2])
-    even, odd = pairs[..., 0], pairs[..., 1]
+    even, odd = paddle.unbind(x.astype("float32").reshape([*x.shape[:-1], -1, 2]), axis=-1)
     rotated = paddle.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 

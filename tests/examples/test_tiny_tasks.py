@@ -22,6 +22,9 @@ seeds = st.integers(0, 2**32)
 arithmetic = st.sampled_from([name for name in tiny_tasks.TASK_NAMES if "digit" in name])
 
 
+ITEMS = re.compile(r"[0-9]|\b[a-z]\b|[A-Z][a-z]+day|星期.", re.ASCII)  # what is reversed
+
+
 def numbers_in(text: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", text)]
 
@@ -52,6 +55,15 @@ def test_the_plain_forms_are_asked(phrasings: str, asked: str) -> None:
         assert asked in [p.format(a=first, b=second) for p in getattr(tiny_tasks, phrasings)[language]]
 
 
+@settings(max_examples=100)
+@given(seed=seeds, task=st.sampled_from(["three-digit addition", "three-digit subtraction"]))
+def test_the_columns_are_right_and_make_up_the_answer(seed: int, task: str) -> None:
+    question = tiny_tasks.sample(random.Random(seed), task)
+    columns = [column.split("=") for column in question.steps.split(", ")]
+    assert all(eval(terms) == int(result) for terms, result in columns)
+    assert "".join(result[-1] for _, result in reversed(columns)) == question.answer[-3:].rjust(3, "0")
+
+
 @settings(max_examples=50)
 @given(seed=seeds)
 def test_comparing_and_sorting_are_right(seed: int) -> None:
@@ -70,7 +82,7 @@ def test_comparing_and_sorting_are_right(seed: int) -> None:
 def test_reversing_and_continuing_are_right(seed: int) -> None:
     rng = random.Random(seed)
     question = tiny_tasks.sample(rng, "reversing")
-    assert question.answer[::-1] in question.prompt
+    assert ITEMS.findall(question.answer) == ITEMS.findall(question.prompt)[::-1]
 
     question = tiny_tasks.sample(rng, "continuing")
     terms = [*numbers_in(question.prompt), int(question.answer)]
@@ -79,20 +91,20 @@ def test_reversing_and_continuing_are_right(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "answer"),
+    ("prompt", "reply"),
     [
-        ("Today is Monday. What day is it in 8 days?", "Tuesday"),
-        ("What day is 1 days before Monday?", "Sunday"),
-        ("星期六过3天是星期几？", "星期二"),
-        ("今天星期日，7天前是星期几？", "星期日"),
+        ("Today is Monday. What day is it in 3 days?", "1 Tuesday, 2 Wednesday, 3 Thursday. Thursday"),
+        ("What day is 1 days before Monday?", "1 Sunday. Sunday"),
+        ("星期六过2天是星期几？", "1 星期日、2 星期一. 星期一"),
+        ("今天星期日，1天前是星期几？", "1 星期六. 星期六"),
     ],
 )
-def test_weekdays_are_right(prompt: str, answer: str) -> None:
+def test_weekdays_are_right(prompt: str, reply: str) -> None:
     rng = random.Random(0)
     for _ in range(20000):
         draft = tiny_tasks.draw_weekday(rng)
         if draft.prompt == prompt:
-            assert draft.answer == answer
+            assert f"{draft.steps}. {draft.answer}" == reply
             return
     pytest.fail(f"never asked: {prompt}")
 
@@ -102,8 +114,8 @@ def test_counting_counts_the_target_in_the_list() -> None:
     for _ in range(300):
         draft = tiny_tasks.draw_counting(rng)
         _, target, *items = draft.key
-        assert " ".join(items) in draft.prompt
-        assert draft.answer == str(sum(item == target for item in items))
+        assert ("、" if draft.language == "zh" else " ").join(items) in draft.prompt
+        assert draft.answer == str(sum(item == target for item in items)) == draft.steps[-1]
 
 
 def operands(task: str, prompt: str) -> object:
@@ -116,7 +128,7 @@ def operands(task: str, prompt: str) -> object:
     if task == "counting":
         return prompt
     if task == "reversing":
-        return tuple(re.findall(r"[0-9]|\b[a-z]\b", prompt))
+        return tuple(ITEMS.findall(prompt))
     if task == "continuing":
         return tuple(numbers_in(prompt))
     return frozenset(numbers_in(prompt))
@@ -171,9 +183,10 @@ def test_the_shares_of_the_tasks_sum_to_one() -> None:
 @pytest.mark.parametrize(
     ("reply", "right"),
     [("81", True), (" 81\n", True), ("81.", True), ("81。", True), ("8 1", False), ("181", False), ("81..", False),
-     ("", False), ("The answer is 81", False)],
+     ("", False), ("The answer is 81", False), ("3+8=11, 2+5+1=8. 81", True), ("3+8=11. 81.", True),
+     ("81. 82", False), ("3+8=11, 2+5+1=8, 81", False)],
 )  # fmt: skip
-def test_check_is_strict(reply: str, right: bool) -> None:
+def test_check_wants_the_answer_alone_or_after_its_steps(reply: str, right: bool) -> None:
     question = tiny_tasks.Question("two-digit addition", "en", "23+58=?", "81")
     assert tiny_tasks.check(question, reply) is right
 
