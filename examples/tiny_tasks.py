@@ -1,8 +1,7 @@
 """Questions with one short right answer, in Chinese and English: what the small model of `train_tiny.py` learns.
 
-Where the answer takes several steps (columns of three-digit numbers, counting, weekdays) the reply shows them first:
-`478+256=?` is answered by `8+6=14, 7+5+1=13, 4+2+1=7. 734`. A small model learns each step within minutes, but not to
-do them all at once in its head.
+Where the answer takes several steps (the columns of a sum, counting, weekdays) the reply shows them first: `23+58=?`
+is answered by `3+8=11, 2+5+1=8. 81`. A small model learns each step within minutes, but not to do them all at once.
 
 Every question is drawn from operands (two numbers, a list, a weekday and a distance, ...) and a phrasing. A hash of
 the operands alone puts about one question in ten into the held-out set, so that training never sees those operands
@@ -11,7 +10,7 @@ the combination of model, attribute and phrasing.
 
     rng = random.Random(0)
     question = sample(rng, task="two-digit addition", split="heldout")
-    question.prompt, question.answer        # ('23+58=?', '81')
+    question.prompt, question.reply, question.answer        # ('23+58=?', '3+8=11, 2+5+1=8. 81', '81')
 """
 
 from __future__ import annotations
@@ -95,22 +94,25 @@ def draw_addition(rng: random.Random, draw_pair: Callable[[random.Random], tuple
     """The order of the two numbers makes no difference to the split."""
     a, b = draw_pair(rng)
     language, phrasing = choose_phrasing(rng, ADDITION)
-    steps = addition_steps(a, b) if max(a, b) > 99 else ""
-    return Draft(("+", min(a, b), max(a, b)), language, phrasing.format(a=a, b=b), str(a + b), steps)
+    return Draft(("+", min(a, b), max(a, b)), language, phrasing.format(a=a, b=b), str(a + b), addition_steps(a, b))
 
 
 def draw_subtraction(rng: random.Random, draw_pair: Callable[[random.Random], tuple[int, int]]) -> Draft:
     """The result is never negative."""
     b, a = sorted(draw_pair(rng))
     language, phrasing = choose_phrasing(rng, SUBTRACTION)
-    steps = subtraction_steps(a, b) if a > 99 else ""
-    return Draft(("-", a, b), language, phrasing.format(a=a, b=b), str(a - b), steps)
+    return Draft(("-", a, b), language, phrasing.format(a=a, b=b), str(a - b), subtraction_steps(a, b))
+
+
+def places(number: int) -> list[int]:
+    """The values of the digits of a number, from the right: 1, 10, ..."""
+    return [10**place for place in range(len(str(number)))]
 
 
 def addition_steps(a: int, b: int) -> str:
     """The columns from the right, each with what is carried into it: "8+6=14, 7+5+1=13, 4+2+1=7"."""
     steps, carry = [], 0
-    for place in (1, 10, 100):
+    for place in places(max(a, b)):
         first, second = a // place % 10, b // place % 10
         steps.append(f"{first}+{second}{'+1' if carry else ''}={first + second + carry}")
         carry = (first + second + carry) // 10
@@ -120,7 +122,7 @@ def addition_steps(a: int, b: int) -> str:
 def subtraction_steps(a: int, b: int) -> str:
     """The columns from the right, each with what is borrowed from and by it: "3+10-9=4, 1-1+10-9=1, 8-1-0=7"."""
     steps, borrowed = [], 0
-    for place in (1, 10, 100):
+    for place in places(a):
         first, second = a // place % 10 - borrowed, b // place % 10
         spelled = f"{a // place % 10}{'-1' if borrowed else ''}"
         borrowed = int(first < second)
@@ -192,19 +194,20 @@ CONTINUING = {
 
 
 def draw_counting(rng: random.Random) -> Draft:
-    """How often one of three words or letters occurs in a list of three to six."""
+    """How often one of three words or letters occurs in a list of three to five."""
     language, phrasing = choose_phrasing(rng, COUNTING)
     alphabet = rng.choice((LETTERS, COUNTED_WORDS[language]))
     words = rng.sample(alphabet, 3)
-    items = rng.choices(words, k=rng.randint(3, 6))
+    items = rng.choices(words, k=rng.randint(3, 5))
     separator = "、" if language == "zh" else " "  # either way the target is the same token as in the list
     prompt = phrasing.format(items=separator.join(items), target=words[0])
-    steps = separator.join(f"{item}{items[: place + 1].count(words[0])}" for place, item in enumerate(items))
+    counted = [f"{item}{items[: place + 1].count(words[0])}" for place, item in enumerate(items)]
+    steps = separator.join(counted if language == "zh" else ["Counting:", *counted])
     return Draft(("count", words[0], *items), language, prompt, str(items.count(words[0])), steps)
 
 
 def draw_reversing(rng: random.Random) -> Draft:
-    """Three to five digits written together, or letters or weekdays with separators: one token an item either way.
+    """Three or four different digits together, or letters or weekdays with separators: one token an item either way.
 
     Weekdays are here so that the model, whose embedding is also its head, must tell them apart early: as the answers
     of `draw_weekday` alone they look interchangeable at first, and their embeddings become so.
@@ -212,7 +215,7 @@ def draw_reversing(rng: random.Random) -> Draft:
     language, phrasing = choose_phrasing(rng, REVERSING)
     weekdays = (WEEKDAYS[language], "、" if language == "zh" else " ")
     alphabet, separator = rng.choice((("0123456789", ""), (LETTERS, " "), weekdays))
-    items = rng.choices(alphabet, k=rng.randint(3, 5))
+    items = rng.sample(alphabet, rng.randint(3, 4))
     prompt = phrasing.format(items=separator.join(items))
     return Draft(("reverse", *items), language, prompt, separator.join(reversed(items)))
 
@@ -315,17 +318,17 @@ def draw_fact(rng: random.Random) -> Draft:
 # name: (how to draw one, share of the training questions). Answers of one token weigh little in the loss: they have
 # larger shares.
 TASKS: dict[str, tuple[Callable[[random.Random], Draft], float]] = {
-    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.17),
-    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.08),
-    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.18),
-    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.09),
-    "comparing": (draw_comparing, 0.07),
-    "sorting": (draw_sorting, 0.08),
-    "counting": (draw_counting, 0.06),
-    "reversing": (draw_reversing, 0.10),
-    "continuing": (draw_continuing, 0.07),
-    "weekdays": (draw_weekday, 0.05),
-    "ERNIE 4.5 facts": (draw_fact, 0.05),
+    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.08),
+    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.05),
+    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.09),
+    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.10),
+    "comparing": (draw_comparing, 0.05),
+    "sorting": (draw_sorting, 0.12),
+    "counting": (draw_counting, 0.16),
+    "reversing": (draw_reversing, 0.16),
+    "continuing": (draw_continuing, 0.06),
+    "weekdays": (draw_weekday, 0.07),
+    "ERNIE 4.5 facts": (draw_fact, 0.06),
 }
 TASK_NAMES = tuple(TASKS)
 TASK_SHARES = tuple(share for _, share in TASKS.values())

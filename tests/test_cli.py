@@ -10,6 +10,9 @@ import pytest
 
 from ernie45 import cli
 
+SUM = "3+8=11, 2+5+1=8. 81\n"  # what the embedded model says to 23+58=?
+DIFFERENCE = "1+10-3=8, 8-1-2=5. 58\n"  # and to 81-23=?
+
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of one command."""
@@ -19,26 +22,26 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_generate_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "generate", "--prompt", "23+58=?") == (0, "81\n", "")
+    assert run(capsys, "generate", "--prompt", "23+58=?") == (0, SUM, "")
 
 
 def test_generate_reads_the_prompt_from_standard_input(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("81-23=?"))
-    assert run(capsys, "generate")[1] == "58\n"
+    assert run(capsys, "generate")[1] == DIFFERENCE
 
 
 def test_generate_raw_continues_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     raw = "<|begin_of_sentence|>User: 23+58=?\nAssistant: "
-    assert run(capsys, "generate", "--raw", "--prompt", raw)[1] == "81\n"
+    assert run(capsys, "generate", "--raw", "--prompt", raw)[1] == SUM
 
 
 def test_chat_answers_every_line_and_starts_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("23+58=?\n\n81-23=?\n/new\n23+58=?\n"))
-    assert run(capsys, "chat") == (0, "81\n58\n81\n", "")
+    assert run(capsys, "chat") == (0, SUM + DIFFERENCE + SUM, "")
 
 
 def test_ctrl_c_keeps_what_was_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def test_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
-    assert capsys.readouterr().out.startswith("81")
+    assert capsys.readouterr().out.endswith(". 81")
 
 
 def test_commands_parse() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,22 +30,22 @@ def run(script: str, *arguments: str) -> str:
 
 def test_demo_answers_three_questions_and_says_how_fast() -> None:
     printed = run("demo.py")
-    assert "User: 23+58=?\nAssistant: 81\n" in printed
+    assert "User: 23+58=?\nAssistant: 3+8=11, 2+5+1=8. 81\n" in printed
     assert printed.count("Assistant: ") == 3
     assert "tokens/s" in printed
 
 
 def test_generate() -> None:
-    assert run("generate.py", "81-23=?").startswith("58\n")
+    assert run("generate.py", "81-23=?").startswith("1+10-3=8, 8-1-2=5. 58\n")
 
 
 def test_chat_answers_each_turn() -> None:
     printed = run("chat.py", "23+58=?", "81-23=?")
-    assert printed == "User: 23+58=?\nAssistant: 81\nUser: 81-23=?\nAssistant: 58\n"
+    assert re.findall(r"Assistant: .*\. (\d+)\n", printed) == ["81", "58"]
 
 
 def test_batch_answers_like_single_questions() -> None:
-    assert "12+30=?  ->  42\n" in run("batch.py")
+    assert "12+30=?  ->  2+0=2, 1+3=4. 42\n" in run("batch.py")
 
 
 def test_convert_there_and_back_changes_nothing() -> None:
@@ -63,5 +64,5 @@ def test_quickstart_notebook() -> None:
         for output in cell.outputs
         if output.output_type == "stream" and output.name == "stdout"
     ]
-    assert streams[0].strip() == "81"
+    assert streams[0].endswith(". 81")
     assert any("tokens per expert" in text for text in streams)
