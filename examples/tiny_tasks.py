@@ -201,8 +201,12 @@ def draw_counting(rng: random.Random) -> Draft:
     items = rng.choices(words, k=rng.randint(3, 5))
     separator = "、" if language == "zh" else " "  # either way the target is the same token as in the list
     prompt = phrasing.format(items=separator.join(items), target=words[0])
-    counted = [f"{item}{items[: place + 1].count(words[0])}" for place, item in enumerate(items)]
-    steps = separator.join(counted if language == "zh" else ["Counting:", *counted])
+    counted = [
+        f"{item}{items[: place + 1].count(item)}" if item == words[0] else item for place, item in enumerate(items)
+    ]
+    steps = (
+        f"{words[0]}：{separator.join(counted)}" if language == "zh" else f"Counting {words[0]}: {' '.join(counted)}"
+    )
     return Draft(("count", words[0], *items), language, prompt, str(items.count(words[0])), steps)
 
 
@@ -318,17 +322,17 @@ def draw_fact(rng: random.Random) -> Draft:
 # name: (how to draw one, share of the training questions). Answers of one token weigh little in the loss: they have
 # larger shares.
 TASKS: dict[str, tuple[Callable[[random.Random], Draft], float]] = {
-    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.08),
+    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.05),
     "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.05),
-    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.09),
-    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.10),
-    "comparing": (draw_comparing, 0.05),
-    "sorting": (draw_sorting, 0.12),
-    "counting": (draw_counting, 0.16),
-    "reversing": (draw_reversing, 0.16),
-    "continuing": (draw_continuing, 0.06),
-    "weekdays": (draw_weekday, 0.07),
-    "ERNIE 4.5 facts": (draw_fact, 0.06),
+    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.05),
+    "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.12),
+    "comparing": (draw_comparing, 0.06),
+    "sorting": (draw_sorting, 0.13),
+    "counting": (draw_counting, 0.23),
+    "reversing": (draw_reversing, 0.06),
+    "continuing": (draw_continuing, 0.12),
+    "weekdays": (draw_weekday, 0.05),
+    "ERNIE 4.5 facts": (draw_fact, 0.08),
 }
 TASK_NAMES = tuple(TASKS)
 TASK_SHARES = tuple(share for _, share in TASKS.values())

@@ -115,7 +115,11 @@ def test_counting_counts_the_target_in_the_list() -> None:
         draft = tiny_tasks.draw_counting(rng)
         _, target, *items = draft.key
         assert ("、" if draft.language == "zh" else " ").join(items) in draft.prompt
-        assert draft.answer == str(sum(item == target for item in items)) == draft.steps[-1]
+        assert draft.answer == str(sum(item == target for item in items))
+        named, counted = re.split("[:：]", draft.steps)
+        assert named.endswith(target)
+        assert re.sub(r"\d", "", counted).strip() == ("、" if draft.language == "zh" else " ").join(items)
+        assert (re.findall(r"\d", counted) or ["0"])[-1] == draft.answer
 
 
 def operands(task: str, prompt: str) -> object:
