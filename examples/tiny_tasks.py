@@ -201,12 +201,10 @@ def draw_counting(rng: random.Random) -> Draft:
     items = rng.choices(words, k=rng.randint(3, 5))
     separator = "、" if language == "zh" else " "  # either way the target is the same token as in the list
     prompt = phrasing.format(items=separator.join(items), target=words[0])
-    counted = [
+    counted = separator.join(
         f"{item}{items[: place + 1].count(item)}" if item == words[0] else item for place, item in enumerate(items)
-    ]
-    steps = (
-        f"{words[0]}：{separator.join(counted)}" if language == "zh" else f"Counting {words[0]}: {' '.join(counted)}"
     )
+    steps = f"{words[0]}：{counted}" if language == "zh" else f"Counting {words[0]}: {counted}"
     return Draft(("count", words[0], *items), language, prompt, str(items.count(words[0])), steps)
 
 
