@@ -230,7 +230,9 @@ def draw_continuing(rng: random.Random) -> Draft:
         terms.reverse()
     language, phrasing = choose_phrasing(rng, CONTINUING)
     items = ("，" if language == "zh" else ", ").join(map(str, terms[:4]))
-    steps = f"{terms[1] - terms[0]:+d}"
+    rise = terms[1] - terms[0]
+    columns = addition_steps(terms[3], rise) if rise > 0 else subtraction_steps(terms[3], -rise)
+    steps = f"{rise:+d}, {columns}"
     return Draft(("continue", terms[0], terms[1]), language, phrasing.format(items=items), str(terms[4]), steps)
 
 
@@ -320,17 +322,17 @@ def draw_fact(rng: random.Random) -> Draft:
 # name: (how to draw one, share of the training questions). Answers of one token weigh little in the loss: they have
 # larger shares.
 TASKS: dict[str, tuple[Callable[[random.Random], Draft], float]] = {
-    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.05),
-    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.05),
-    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.05),
+    "two-digit addition": (lambda rng: draw_addition(rng, draw_two_digit_pair), 0.03),
+    "three-digit addition": (lambda rng: draw_addition(rng, draw_three_digit_pair), 0.04),
+    "two-digit subtraction": (lambda rng: draw_subtraction(rng, draw_two_digit_pair), 0.03),
     "three-digit subtraction": (lambda rng: draw_subtraction(rng, draw_three_digit_pair), 0.12),
-    "comparing": (draw_comparing, 0.06),
-    "sorting": (draw_sorting, 0.13),
-    "counting": (draw_counting, 0.23),
-    "reversing": (draw_reversing, 0.06),
-    "continuing": (draw_continuing, 0.12),
-    "weekdays": (draw_weekday, 0.05),
-    "ERNIE 4.5 facts": (draw_fact, 0.08),
+    "comparing": (draw_comparing, 0.07),
+    "sorting": (draw_sorting, 0.15),
+    "counting": (draw_counting, 0.20),
+    "reversing": (draw_reversing, 0.08),
+    "continuing": (draw_continuing, 0.14),
+    "weekdays": (draw_weekday, 0.04),
+    "ERNIE 4.5 facts": (draw_fact, 0.10),
 }
 TASK_NAMES = tuple(TASKS)
 TASK_SHARES = tuple(share for _, share in TASKS.values())
