@@ -1,7 +1,7 @@
 """Trains a small ERNIE 4.5 mixture of experts from nothing, on questions that `tiny_tasks.py` writes.
 
-    python examples/train_tiny.py --output build/tiny --minutes 60 --workers 2 --rows 8   # two cores; stop it any time
-    python examples/train_tiny.py --output build/tiny --minutes 60 --workers 2 --rows 8 --resume
+    python examples/train_tiny.py --output build/tiny --workers 2 --rows 8    # two cores, 1.5 hours; stop it any time
+    python examples/train_tiny.py --output build/tiny --workers 2 --rows 8 --resume
     python tools/tiny_accuracy.py build/tiny
 
 A plain loop on this library's layers. Conversations in the chat format are packed into rows, with a mask that keeps
@@ -218,7 +218,7 @@ class Settings:
     """
 
     output: Path
-    steps: int = 6000
+    steps: int = 11000
     minutes: float = math.inf
     seed: int = 0
     workers: int = 1
@@ -286,7 +286,7 @@ def parse_arguments() -> Settings:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Train a small ERNIE 4.5 mixture of experts.")
     parser.add_argument("--output", type=Path, default=Path("build/tiny"), help="checkpoint folder (build/tiny)")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (6000)")
+    parser.add_argument("--steps", type=int, default=11000, help="optimizer steps (11000)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this much training time")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the questions (0)")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the batch, one thread each (1)")
