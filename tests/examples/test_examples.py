@@ -57,12 +57,11 @@ def test_quickstart_notebook() -> None:
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
-    streams = [
-        output.text
+    printed = [  # text may come in several pieces
+        "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
         for cell in notebook.cells
         if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type == "stream" and output.name == "stdout"
     ]
-    assert streams[0].endswith(". 81")
-    assert any("tokens per expert" in text for text in streams)
+    answered = [text for text in printed if text]
+    assert answered[0].endswith(". 81")
+    assert any("tokens per expert" in text for text in answered)
