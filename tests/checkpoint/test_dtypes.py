@@ -94,6 +94,7 @@ def test_infinities_and_overflow() -> None:
     assert convert(np.float64([1e300, -1e300]), "F64", "BF16").tolist() == [0x7F80, 0xFF80]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("source", "target"),
     # PyTorch takes F64 to BF16 through F32, rounding twice

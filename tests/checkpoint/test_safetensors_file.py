@@ -84,6 +84,7 @@ def test_reads_what_the_safetensors_package_writes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read[name], tensor)
 
 
+@pytest.mark.parity
 def test_reads_what_torch_writes(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     safetensors_torch = pytest.importorskip("safetensors.torch")
