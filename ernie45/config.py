@@ -302,8 +302,9 @@ def _is_positive(value: Any) -> bool:
 
 def _problems(config: ErnieConfig) -> Iterator[str]:
     """Everything that is wrong with the values, in words."""
-    yield from _type_problems(config)
-    if next(_type_problems(config), None) is not None:
+    wrong_types = list(_type_problems(config))
+    if wrong_types:
+        yield from wrong_types
         return
     yield from _limit_problems(config)
     if config.vision_config is not None:

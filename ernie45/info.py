@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from ernie45.checkpoint.dtypes import DTYPES, dtype_from_framework_name
+from ernie45.checkpoint.folder import INDEX_NAME, CheckpointFolder, read_index
 from ernie45.checkpoint.hub import resolve_folder
 from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors, settle_config, weight_bytes
 from ernie45.config import ErnieConfig
@@ -152,14 +152,15 @@ def _packaged_config(name: str) -> Path | None:
 
 
 def _stored_names(path: Path) -> list[str]:
-    """Names of the tensors in a checkpoint folder, from headers or the index; empty if there are no weights."""
-    from ernie45.checkpoint.folder import CheckpointFolder
-
-    if not path.is_dir() or not any(path.glob("*.safetensors")):
-        index = path / "model.safetensors.index.json"
-        return list(json.loads(index.read_text())["weight_map"]) if index.is_file() else []
-    try:
-        with CheckpointFolder(path) as folder:
-            return list(folder.tensors)
-    except ErnieError:
+    """Names of the tensors in a checkpoint folder, from headers or, without weights, from the index; or none."""
+    if not path.is_dir():
         return []
+    if any(path.glob("*.safetensors")):
+        try:
+            with CheckpointFolder(path) as folder:
+                return list(folder.tensors)
+        except ErnieError:
+            return []
+    if not (path / INDEX_NAME).is_file():
+        return []
+    return [name for names in read_index(path / INDEX_NAME, []).values() for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 
@@ -11,14 +10,6 @@ def available_bytes() -> int | None:
     candidates = [_from_meminfo("MemAvailable"), _from_control_group()]
     known = [value for value in candidates if value is not None]
     return min(known) if known else None
-
-
-def total_bytes() -> int | None:
-    """Physical memory; None where it is unknown."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def format_bytes(count: float) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from tiny_tasks import sample
 
-IGNORED = -100
+from ernie45.losses import IGNORED_LABEL
+
 SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer briefly.", "你是一个乐于助人的助手。", "请简短回答。")
 TURN_SHARES = (70, 15, 10, 5)  # how many conversations in 100 have one, two, three, four questions
 
@@ -17,7 +18,7 @@ Conversation = tuple[list[int], list[int]]  # token ids, labels
 
 
 def draw_conversation(rng: random.Random, encode: Callable[[str], list[int]], end: int) -> Conversation:
-    """Token ids of one conversation, and for each the label: the next token of an answer, or `IGNORED`.
+    """Token ids of one conversation, and for each the label: the next token of an answer, or `IGNORED_LABEL`.
 
     The prompt and the answer are encoded apart, as at inference, where the model continues the prompt's ids.
     The label after an answer is always `end`; the token that follows it in the conversation is the separator.
@@ -32,7 +33,7 @@ def draw_conversation(rng: random.Random, encode: Callable[[str], list[int]], en
         asked = encode(f"{prompt}User: {question.prompt}\nAssistant: ")
         answer = encode(question.reply)
         ids += asked + answer
-        labels += [IGNORED] * (len(asked) - 1) + answer + [end]
+        labels += [IGNORED_LABEL] * (len(asked) - 1) + answer + [end]
         prompt = "<|end_of_sentence|>"
     return ids, labels
 
@@ -57,7 +58,7 @@ class Batch:
 def pack(conversations: Iterator[Conversation], rows: int, length: int) -> Batch:
     """Fills rows with whole conversations until a few in a row fit nowhere; the padding is one more document."""
     input_ids = np.zeros((rows, length), np.int64)
-    labels = np.full((rows, length), IGNORED, np.int64)
+    labels = np.full((rows, length), IGNORED_LABEL, np.int64)
     position_ids = np.zeros((rows, length), np.int64)
     end_rows = np.full((rows, length), length, np.int32)
     used = np.zeros(rows, np.int64)

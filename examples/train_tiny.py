@@ -30,12 +30,19 @@ from paddle import Tensor
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from team import Team
-from tiny_data import IGNORED, Batch, draw_conversations, pack
+from tiny_data import Batch, draw_conversations, pack
 from tiny_tokenizer import build_tokenizer
 from tqdm import tqdm
 
 from ernie45 import ErnieConfig, ErnieForCausalLM, ErnieTokenizer
-from ernie45.losses import load_balance_loss, orthogonalization_loss, router_z_loss, update_correction_bias
+from ernie45.losses import (
+    IGNORED_LABEL,
+    language_model_loss,
+    load_balance_loss,
+    orthogonalization_loss,
+    router_z_loss,
+    update_correction_bias,
+)
 from ernie45.models.moe import MoE, Routing
 from ernie45.runtime import set_num_threads
 
@@ -66,11 +73,11 @@ def answer_loss(model: ErnieForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, 
         routing=routing,
     )
     labels = batch.labels.flatten()
-    places = np.flatnonzero(labels != IGNORED)  # only these rows go through the head
+    places = np.flatnonzero(labels != IGNORED_LABEL)  # only these rows go through the head
     targets = paddle.to_tensor(labels[places])
     logits = model.lm_head(paddle.gather(hidden.flatten(0, 1), paddle.to_tensor(places)))
     right = (logits.detach().argmax(axis=-1) == targets).astype("float32").mean()
-    return paddle.nn.functional.cross_entropy(logits, targets), right, routing
+    return language_model_loss(logits, targets), right, routing
 
 
 def router_loss(routing: list[Routing], routers: dict[int, MoE], k: int) -> Tensor:

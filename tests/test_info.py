@@ -11,6 +11,8 @@ from ernie45 import info
 from ernie45.checkpoint.names import checkpoint_tensors
 from ernie45.errors import ErnieError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 @pytest.mark.parametrize(
     ("name", "config_file"),
@@ -59,6 +61,16 @@ def test_folder_with_weights_settles_what_the_config_leaves_open(reference: Path
     report = info.describe(str(reference / "moe" / "paddle"))
     assert "head untied" in report
     assert "correction bias         yes" in report
+
+
+def test_an_index_without_its_shards_settles_the_config_and_a_broken_one_does_not(tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "ernie-4.5-21b-a3b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"ernie.norm.weight": "model-00001-of-00001.safetensors"}}))
+    assert info.find_config(str(tmp_path))[0].num_nextn_predict_layers == 0
+    index.write_text('{"weight_map": ')
+    assert info.find_config(str(tmp_path))[0].num_nextn_predict_layers == 1
 
 
 def test_unknown_name_and_broken_config(tmp_path: Path) -> None:

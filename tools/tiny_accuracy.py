@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections import defaultdict
@@ -22,6 +21,7 @@ import paddle
 from tqdm import tqdm
 
 from ernie45 import ErnieForCausalLM, ErnieTokenizer
+from ernie45.checkpoint.writer import write_json_atomic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from tiny_tasks import TASK_NAMES, Question, check, sample
@@ -94,9 +94,7 @@ def write_json(path: Path, accuracy: dict[str, tuple[int, int]]) -> None:
         task: {"right": right, "questions": count, "accuracy": round(right / count, 4)}
         for task, (right, count) in accuracy.items()
     }
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_json_atomic(path, content)
 
 
 if __name__ == "__main__":

@@ -107,11 +107,12 @@ def _find_files(folder: Path, problems: list[str]) -> dict[str, list[str]]:
     if os.path.lexists(folder / SINGLE_NAME):  # also a dangling link: its own error is clearer than "not found"
         return {SINGLE_NAME: []}
     if os.path.lexists(folder / INDEX_NAME):
-        return _read_index(folder / INDEX_NAME, problems)
+        return read_index(folder / INDEX_NAME, problems)
     return _find_files_without_index(folder, problems)
 
 
-def _read_index(path: Path, problems: list[str]) -> dict[str, list[str]]:
+def read_index(path: Path, problems: list[str]) -> dict[str, list[str]]:
+    """The tensors that an index places in each file; what is wrong with it is added to `problems`."""
     try:
         index = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -97,7 +97,7 @@ def checkpoint_tensors(config: ErnieConfig, *, mtp: bool = True, vision: bool = 
     table = _Table(config)
     specs = [table.copy("ernie.embed_tokens.weight", "embedding", config.vocab_size, config.hidden_size)]
     for layer in range(config.num_hidden_layers):
-        specs += table.decoder_layer(f"ernie.layers.{layer}", layer, "attention", vision)
+        specs += table.decoder_layer(f"ernie.layers.{layer}", layer, vision)
     specs.append(table.copy("ernie.norm.weight", "norms", config.hidden_size))
     if not config.tie_word_embeddings:
         head = table.linear("lm_head.weight", "head", config.hidden_size, config.vocab_size)
@@ -158,6 +158,11 @@ def pt_name(name: str) -> str:
     return "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name
 
 
+def router_weight_name(bank: int) -> str:
+    """Name of a bank's router weight inside `mlp.gate`."""
+    return f"weight_{bank}" if bank else "weight"
+
+
 class _Table:
     """Builds the specs of one architecture; method names say how a tensor is laid out or what it belongs to."""
 
@@ -195,9 +200,9 @@ class _Table:
             self.linear(f"{prefix}.down_proj.weight", group, width, self.hidden),
         ]
 
-    def decoder_layer(self, prefix: str, layer: int, group: str, vision: bool) -> list[TensorSpec]:
+    def decoder_layer(self, prefix: str, layer: int, vision: bool) -> list[TensorSpec]:
         config = self.config
-        specs = self.attention_block(prefix, group)
+        specs = self.attention_block(prefix, "attention")
         if config.is_moe_layer(layer):
             return specs + self.moe(f"{prefix}.mlp", layer, vision)
         return specs + self.mlp(f"{prefix}.mlp", "dense feed-forward", config.intermediate_size)
@@ -219,7 +224,7 @@ class _Table:
         banks = config.banks if vision else config.banks[:1]
         specs = []
         for number, bank in enumerate(banks):
-            name = f"{prefix}.gate.weight" + (f"_{number}" if number else "")
+            name = f"{prefix}.gate.{router_weight_name(number)}"
             # Vision-language files keep the router [in, out] in both layouts.
             layout = self.copy if config.vision_config is not None else self.linear
             specs.append(layout(name, "router", self.hidden, bank.num_experts, float32=True))

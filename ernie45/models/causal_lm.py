@@ -16,6 +16,7 @@ from ernie45.checkpoint.folder import CheckpointFolder
 from ernie45.checkpoint.hub import resolve_folder
 from ernie45.checkpoint.names import PADDLE, checkpoint_tensors, settle_config
 from ernie45.checkpoint.reader import find_sources, load, memory_problem, raise_problems
+from ernie45.checkpoint.writer import DEFAULT_SHARD_BYTES
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError, ConfigError, ErnieError
 from ernie45.generation.config import GenerationConfig
@@ -205,7 +206,7 @@ class ErnieForCausalLM(nn.Layer):
         *,
         layout: str = PADDLE,
         dtype: str | None = None,
-        max_shard_bytes: int = 5_000_000_000,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         progress: bool = True,
     ) -> None:
         """Writes config.json, generation_config.json and the weights; an existing checkpoint there is replaced whole.

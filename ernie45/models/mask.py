@@ -37,9 +37,12 @@ class AttentionMask:
         """
         if self.explicit is not None:
             return self.explicit[:, :, first:last, :columns]
+        sees_all = self.offset + first + 1 >= columns
+        if sees_all and self.padding is None and self.end_rows is None:
+            return None
         rows = paddle.arange(self.offset + first, self.offset + last).reshape([1, 1, -1, 1])
         allowed = None
-        if self.offset + first + 1 < columns:
+        if not sees_all:
             allowed = paddle.arange(columns).reshape([1, 1, 1, -1]) <= rows
         if self.padding is not None:
             allowed = _both(allowed, self.padding[:, None, None, :columns])

@@ -14,6 +14,7 @@ import paddle
 from paddle import Tensor, nn
 
 from ernie45 import ops
+from ernie45.checkpoint.names import router_weight_name
 from ernie45.config import BankConfig, ErnieConfig
 from ernie45.models.layers import MLP, ZEROS
 
@@ -58,11 +59,6 @@ class Router(nn.Layer):
     def forward(self, x: Tensor, bank: int) -> Tensor:
         """x [tokens, hidden_size] of any dtype -> logits [tokens, experts] float32."""
         return ops.linear(x.astype("float32"), getattr(self, router_weight_name(bank)))
-
-
-def router_weight_name(bank: int) -> str:
-    """Published name of a bank's router weight inside `mlp.gate`."""
-    return f"weight_{bank}" if bank else "weight"
 
 
 class MoEStatics(nn.Layer):

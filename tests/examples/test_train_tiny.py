@@ -87,8 +87,8 @@ def test_the_chat_template_is_the_published_one(tokenizer: ErnieTokenizer) -> No
 def test_training_sees_the_prompt_that_the_chat_template_makes(tokenizer: ErnieTokenizer) -> None:
     for seed in range(20):
         ids, labels = tiny_data.draw_conversation(random.Random(seed), tokenizer.encode, 2)
-        learned = [label for label in labels if label != tiny_data.IGNORED]
-        first = next(place for place, label in enumerate(labels) if label != tiny_data.IGNORED) + 1
+        learned = [label for label in labels if label != tiny_data.IGNORED_LABEL]
+        first = next(place for place, label in enumerate(labels) if label != tiny_data.IGNORED_LABEL) + 1
         text = tokenizer.decode(ids[:first], skip_special_tokens=False)
         before, _, question = text.removeprefix("<|begin_of_sentence|>").rpartition("User: ")
         messages = [{"role": "user", "content": question.removesuffix("\nAssistant: ")}]
@@ -101,7 +101,7 @@ def test_training_sees_the_prompt_that_the_chat_template_makes(tokenizer: ErnieT
 def test_labels_are_the_answers_one_step_ahead(tokenizer: ErnieTokenizer) -> None:
     ids, labels = tiny_data.draw_conversation(random.Random(4), tokenizer.encode, 2)
     for place, label in enumerate(labels[:-1]):
-        if label not in (tiny_data.IGNORED, 2):
+        if label not in (tiny_data.IGNORED_LABEL, 2):
             assert label == ids[place + 1]
         if label == 2:
             assert ids[place + 1] == tokenizer.sep_token_id
