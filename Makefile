@@ -3,10 +3,12 @@
 #
 #   make test PYTHON=python3.12                                     another interpreter
 #   make test ERNIE45_NO_PADDLE=1                                   .venv already holds a paddlepaddle-gpu wheel
+#   make bench BENCH_OPTIONS="--peer transformers"    also what `ernie45 bench --help` lists
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make parity    torch without CUDA
 
 PYTHON ?= python3
 VENV := .venv
+BENCH_MODEL := build/random-0.3b
 RUN := $(VENV)/bin/python
 
 export ERNIE45_NO_PADDLE
@@ -34,11 +36,15 @@ lint: $(VENV)/.installed-test ## check style, format and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(VENV)/.installed-core ## measure this machine
-	$(RUN) tools/bench.py
+bench: $(VENV)/.installed-core $(VENV)/.installed-bench $(BENCH_MODEL)/config.json ## measure this machine, into docs/
+	$(RUN) tools/bench.py --model $(BENCH_MODEL) --output docs $(BENCH_OPTIONS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# config.json is the last thing that the tool writes: an interrupted checkpoint is written again.
+$(BENCH_MODEL)/config.json: configs/ernie-4.5-0.3b.json | $(VENV)/.installed-core
+	$(RUN) tools/make_random_checkpoint.py --config $< --output $(BENCH_MODEL)
 
 # pip is the last thing that venv puts in place: an interrupted creation is started again.
 $(VENV)/bin/pip:

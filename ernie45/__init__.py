@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation.prompt_cache import PromptCache
     from .models.cache import KVCache
     from .models.causal_lm import ErnieForCausalLM
+    from .runtime import set_num_threads
     from .tokenizer import ErnieTokenizer
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "PromptCache",
     "__version__",
     "parse_response",
+    "set_num_threads",
 ]
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "KVCache": ".models.cache",
     "PromptCache": ".generation.prompt_cache",
     "parse_response": ".chat",
+    "set_num_threads": ".runtime",
 }
 
 

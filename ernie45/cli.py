@@ -1,4 +1,4 @@
-"""The command line: ernie45 chat | generate | info | convert."""
+"""The command line: ernie45 chat | generate | info | convert | quantize | verify | bench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ernie45 import __version__
+from ernie45.bench.command import add_options as add_bench_options
 from ernie45.errors import ErnieError
 
 if TYPE_CHECKING:
@@ -76,7 +77,50 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", help="folder to write")
     convert.add_argument("--layout", choices=("paddle", "pt"), help="the source's by default")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the source's by default")
+
+    quantize = _command(
+        commands,
+        "quantize",
+        run_quantize,
+        "write a checkpoint with 8-bit or 4-bit weights",
+        "ernie45 quantize ERNIE-4.5-21B-A3B-Paddle ERNIE-4.5-21B-A3B-wint4 --to wint4",
+    )
+    quantize.add_argument("source", help="checkpoint folder or name")
+    quantize.add_argument("destination", help="folder to write")
+    quantize.add_argument("--to", choices=("wint8", "wint4"), required=True, help="kind of linear weights and experts")
+    quantize.add_argument(
+        "--embedding",
+        choices=("wint8", "wint4", "bfloat16"),
+        default="wint8",
+        help="kind of embedding and head (%(default)s)",
+    )
+
+    verify = _command(
+        commands,
+        "verify",
+        run_verify,
+        "compare a way of running a model with its float32 output, and measure its speed",
+        "ernie45 verify baidu/ERNIE-4.5-0.3B-Paddle --dtype bfloat16",
+    )
+    _add_model_options(verify)
+    _add_verify_options(verify)
+
+    bench = _command(
+        commands,
+        "bench",
+        run_bench,
+        "measure this machine",
+        "ernie45 bench --model ERNIE-4.5-0.3B-Paddle --output docs",
+    )
+    add_bench_options(bench)
     return parser
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Measures tokens per second beside what this machine allows."""
+    from ernie45.bench.command import run
+
+    run(options)
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -93,6 +137,42 @@ def run_convert(options: argparse.Namespace) -> None:
 
     convert_checkpoint(resolve_folder(options.source), options.destination, layout=options.layout, dtype=options.dtype)
     print(f"wrote {options.destination}", file=sys.stderr)
+
+
+def run_quantize(options: argparse.Namespace) -> None:
+    """Quantises a checkpoint folder."""
+    from ernie45.checkpoint.hub import resolve_folder
+    from ernie45.memory import format_bytes
+    from ernie45.quantization.convert import quantize_checkpoint
+
+    source = resolve_folder(options.source)
+    before, after = quantize_checkpoint(source, options.destination, options.to, embedding=options.embedding)
+    sizes = f"{format_bytes(before)} before, {format_bytes(after)} after ({after / before:.0%})"
+    print(f"wrote {options.destination}: {sizes}", file=sys.stderr)
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    """Prints the tables of errors and speeds; an error if the models agree less than was asked for."""
+    from ernie45.verify import verify
+    from ernie45.verify.prompts import prompts_from_file
+
+    report = verify(
+        options.model,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        device=options.device,
+        reference=options.reference,
+        prompts=None if options.prompts is None else prompts_from_file(options.prompts),
+        max_new_tokens=options.max_new_tokens,
+        prompt_lengths=options.prompt_lengths,
+        output_lengths=options.output_lengths,
+        runs=options.runs,
+        revision=options.revision,
+    )
+    print(report)
+    found, minimum = min(report.overall.top1, report.decoding.top1), options.minimum_agreement
+    if minimum is not None and found < minimum:
+        raise ErnieError(f"top-1 agreement {found:.4f} is below the {minimum:g} of --minimum-agreement")
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -200,6 +280,38 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="for models that can think before they answer"
     )
+
+
+def _add_verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
+    parser.add_argument("--device", default="cpu", help="where the verified model runs: cpu, gpu:0")
+    parser.add_argument(
+        "--reference",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="weights of the reference, which always runs on the CPU (%(default)s)",
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="UTF-8 text with one prompt per line")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="length of the continuations (%(default)s)")
+    for name, lengths in (("prompt", (32, 128, 512)), ("output", (16, 64))):
+        parser.add_argument(
+            f"--{name}-lengths",
+            type=_lengths,
+            default=lengths,
+            metavar="N,N,...",
+            help=f"tokens at which the speed is measured ({','.join(map(str, lengths))})",
+        )
+    parser.add_argument("--runs", type=int, default=3, help="runs per length; 0: no speed (%(default)s)")
+    parser.add_argument(
+        "--minimum-agreement", type=float, metavar="SHARE", help="exit with status 1 if top-1 agreement is lower"
+    )
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(length) for length in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, found {text!r}") from None
 
 
 def _generation_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie45.errors import ConfigError
+from ernie45.quantization.config import QuantizationConfig
 
 # Other spellings of the keys that this class reads: PaddleFormers >= 1.0 and transformers renamed some of them.
 ALIASES = {
@@ -145,6 +146,7 @@ class ErnieConfig:
     moe_norm_min: float = 1e-12
     num_nextn_predict_layers: int | None = None
     vision_config: dict[str, Any] | None = None
+    quantization_config: QuantizationConfig | None = None  # None: the weights are not quantised
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,8 +174,8 @@ class ErnieConfig:
             name = ALIASES.get(key, key)
             if name in known:
                 if value is not None:
-                    values[name] = value
-            else:
+                    values[name] = QuantizationConfig.from_dict(value) if name == "quantization_config" else value
+            elif key != "is_quantized":  # written again where there is a quantization_config
                 extra[key] = value
         missing = [f.name for f in fields(cls) if f.name in _REQUIRED and f.name not in values]
         if missing:
@@ -218,6 +220,8 @@ class ErnieConfig:
             value = getattr(self, f.name)
             if f.name == "extra" or value is None or (f.name.startswith("moe_") and not self.banks):
                 continue
+            if isinstance(value, QuantizationConfig):
+                content["is_quantized"], value = True, value.to_dict()
             content["torch_dtype" if f.name == "dtype" and layout == "pt" else f.name] = value
         return content
 

@@ -13,6 +13,7 @@ from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors, settle_conf
 from ernie45.config import ErnieConfig
 from ernie45.errors import ErnieError
 from ernie45.memory import available_bytes, format_bytes
+from ernie45.quantization.config import KINDS, QuantizationConfig
 
 DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 # Most specific first: every published name contains one of these.
@@ -99,6 +100,11 @@ def _architecture(config: ErnieConfig) -> list[list[str]]:
         rows.append(["shared experts", f"{config.moe_num_shared_experts}"])
         rows.append(["correction bias", bias])
     rows.append(["multi-token prediction", f"{config.num_nextn_predict_layers or 0} blocks"])
+    stored = config.quantization_config
+    if stored is not None:
+        experts = f", experts {stored.moe_quant_type}" if config.banks else ""
+        kinds = f"linear {stored.dense_quant_type}{experts}, embedding and head {stored.embedding_quant_type}"
+        rows.append(["stored quantised", kinds])
     return rows
 
 
@@ -114,15 +120,19 @@ def _parameters(config: ErnieConfig, specs: Iterable[TensorSpec]) -> list[list[s
 
 
 def _memory(config: ErnieConfig, specs: list[TensorSpec]) -> list[list[str]]:
-    free = available_bytes()
-    rows = []
-    for dtype in DTYPE_CHOICES:
-        weights = weight_bytes(specs, dtype)
-        fits = "unknown" if free is None else ("fits" if weights < free else "does not fit")
-        note = "" if free is None else f" in {format_bytes(free)} of free memory"
-        cache = format_bytes(cache_bytes_per_token(config, dtype))
-        rows.append([dtype, format_bytes(weights), cache, fits + note])
+    rows = [_memory_row(config, dtype, weight_bytes(specs, dtype), dtype) for dtype in DTYPE_CHOICES]
+    for kind in KINDS:
+        weights = weight_bytes(specs, "bfloat16", QuantizationConfig.uniform(kind))
+        rows.append(_memory_row(config, kind, weights, "bfloat16"))
     return rows
+
+
+def _memory_row(config: ErnieConfig, label: str, weights: int, cache_dtype: str) -> list[str]:
+    free = available_bytes()
+    fits = "unknown" if free is None else ("fits" if weights < free else "does not fit")
+    note = "" if free is None else f" in {format_bytes(free)} of free memory"
+    cache = format_bytes(cache_bytes_per_token(config, cache_dtype))
+    return [label, format_bytes(weights), cache, fits + note]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

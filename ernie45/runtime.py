@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import paddle
+
+_threads: int | None = None  # what set_num_threads was last asked for
+_followers: list[Callable[[int], object]] = []
 
 
 @functools.cache
@@ -23,10 +27,30 @@ def prepare_cpu() -> None:
 
 
 def set_num_threads(count: int) -> None:
-    """Sets the number of CPU threads of Paddle's matrix products."""
+    """Sets the number of CPU threads of Paddle's matrix products and of the fused operators."""
+    global _threads
     if count < 1:
         raise ValueError(f"set_num_threads: expected at least 1, found {count}")
     paddle.base.core.set_num_threads(count)
+    _threads = count
+    for follow in _followers:
+        follow(count)
+
+
+def num_threads() -> int:
+    """What set_num_threads was last given; before that OMP_NUM_THREADS, or all physical cores without it."""
+    if _threads is not None:
+        return _threads
+    return int(os.environ["OMP_NUM_THREADS"]) if _user_chose_threads() else physical_cores()
+
+
+def follow_threads(follow: Callable[[int], object]) -> None:
+    """Calls ``follow`` with the number of threads, now and whenever it changes.
+
+    The library of fused operators is told in this way once it is loaded; nobody who sets threads has to load it.
+    """
+    _followers.append(follow)
+    follow(num_threads())
 
 
 def physical_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "360,748,032" in out
 
 
+def test_quantize_tells_the_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path, reference: Path) -> None:
+    source, there = reference / "moe" / "paddle", tmp_path / "wint4"
+    status, _, printed = run(capsys, "quantize", str(source), str(there), "--to", "wint4", "--embedding", "wint4")
+    assert status == 0
+    assert re.search(rf"wrote {there}: [\d.]+ MB before, [\d.]+ kB after \(\d+%\)\n$", printed)
+    assert "linear wint4, experts wint4, embedding and head wint4" in run(capsys, "info", str(there))[1]
+    assert run(capsys, "convert", str(there), str(tmp_path / "back"))[0] == 1
+    assert run(capsys, "convert", str(there), str(tmp_path / "back"), "--dtype", "float32")[0] == 0
+    assert run(capsys, "quantize", str(there), str(tmp_path / "again"), "--to", "wint8")[2].startswith("error: ")
+
+
 def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path, reference: Path) -> None:
     source, there, back = reference / "moe" / "paddle", tmp_path / "pt", tmp_path / "paddle"
     assert run(capsys, "convert", str(source), str(there), "--layout", "pt")[0] == 0
@@ -99,7 +111,7 @@ def test_bad_input_is_one_clear_line(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "info", "convert"])
+@pytest.mark.parametrize("command", ["chat", "generate", "info", "convert", "quantize"])
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

@@ -10,6 +10,7 @@ import pytest
 from ernie45 import info
 from ernie45.checkpoint.names import checkpoint_tensors
 from ernie45.errors import ErnieError
+from ernie45.quantization.config import QuantizationConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -55,6 +56,17 @@ def test_report_says_whether_the_machine_can_hold_it(monkeypatch: pytest.MonkeyP
     verdicts = {row[0]: " ".join(row) for row in rows if row and row[0] in ("float32", "bfloat16")}
     assert "1.44 GB" in verdicts["float32"] and "does not fit in 1 GB" in verdicts["float32"]
     assert "721 MB" in verdicts["bfloat16"] and "does not fit" not in verdicts["bfloat16"]
+
+
+def test_report_has_the_sizes_of_quantised_weights(tmp_path: Path) -> None:
+    rows = [line.split() for line in info.describe("ernie-4.5-21b-a3b").splitlines()]
+    sizes = {row[0]: " ".join(row[1:3]) for row in rows if row and row[0] in ("bfloat16", "wint8", "wint4")}
+    assert sizes == {"bfloat16": "43.9 GB", "wint8": "22 GB", "wint4": "11.8 GB"}
+    config = json.loads((CONFIGS / "ernie-4.5-21b-a3b.json").read_text())
+    config["quantization_config"] = QuantizationConfig.uniform("wint4").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stored = "stored quantised        linear wint4, experts wint4, embedding and head wint8"
+    assert stored in info.describe(str(tmp_path))
 
 
 def test_folder_with_weights_settles_what_the_config_leaves_open(reference: Path) -> None:

@@ -55,9 +55,11 @@ def files_under(folder: Path, pattern: str = "*") -> set[Path]:
 
 def test_an_installation_contains_the_configs_and_the_data(tmp_path: Path) -> None:
     built = tmp_path / "lib"
-    run_python("setup.py", "--quiet", "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(built))
+    build = ["build", "--build-base", str(tmp_path / "base"), "--build-lib", str(built)]
+    run_python("setup.py", "--quiet", *build, ERNIE45_BUILD="0")
     package = ROOT / "ernie45"
     wanted = files_under(package, "*.py") | {Path("py.typed")}
+    wanted |= {Path("ops/csrc") / path for path in files_under(package / "ops/csrc")}
     wanted |= {Path("data") / path for path in files_under(package / "data")}
     wanted |= {Path("configs") / path for path in files_under(ROOT / "configs", "*.json")}
     assert files_under(built / "ernie45") == wanted

@@ -83,3 +83,27 @@ def test_mkl_is_told_to_use_avx2_on_amd_only(
 def test_no_threads_at_all() -> None:
     with pytest.raises(ValueError, match="at least 1, found 0"):
         runtime.set_num_threads(0)
+
+
+@pytest.mark.parametrize("chosen", [3, None])
+def test_num_threads_begins_with_the_users_choice(chosen: int | None) -> None:
+    script = (
+        "from ernie45 import runtime; seen = []; before = runtime.num_threads(); "
+        "runtime.follow_threads(seen.append); print(before, *seen)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if chosen:
+        env["OMP_NUM_THREADS"] = str(chosen)
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(chosen or runtime.physical_cores())] * 2
+
+
+def test_followers_hear_the_number_now_and_at_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(runtime.paddle.base.core, "set_num_threads", given.append)
+    monkeypatch.setattr(runtime, "_threads", 5)
+    monkeypatch.setattr(runtime, "_followers", [])
+    seen: list[int] = []
+    runtime.follow_threads(seen.append)
+    runtime.set_num_threads(2)
+    assert (seen, given, runtime.num_threads()) == ([5, 2], [2], 2)

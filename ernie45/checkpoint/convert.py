@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,29 @@ from ernie45.checkpoint.names import (
     TensorSpec,
     checkpoint_tensors,
     detect_layout,
+    quantised_kind,
+    quantised_tensors,
     settle_config,
 )
-from ernie45.checkpoint.reader import Source, copy_part, find_sources, raise_problems, to_numpy
+from ernie45.checkpoint.reader import (
+    QuantisedSource,
+    Source,
+    copy_part,
+    find_sources,
+    quantised_sources,
+    raise_problems,
+    read_quantised,
+    to_numpy,
+)
 from ernie45.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorPlan, write_checkpoint, write_json_atomic
 from ernie45.config import ALIASES, PADDLE_DEFAULTS, PT_DEFAULTS, ErnieConfig
 from ernie45.errors import CheckpointError
+from ernie45.ops.packed import BFLOAT16, PackedWeight
+from ernie45.quantization.weights import Quantised, dequantize
 
 if TYPE_CHECKING:
+    from paddle import Tensor
+
     from ernie45.models.causal_lm import ErnieForCausalLM
 
 SMALL_FILE_BYTES = 100 * 2**20
@@ -46,23 +61,48 @@ ALWAYS_WRITTEN = {
     "model_type",
     "architectures",
 }
+QUANTISATION_KEYS = ("quantization_config", "is_quantized")
 METADATA = {PADDLE: {"format": "np"}, PT: {"format": "pt"}}
 
 
 def save_model(
-    model: ErnieForCausalLM, folder: Path, layout: str, dtype: str, max_shard_bytes: int, progress: bool
+    model: ErnieForCausalLM, folder: Path, layout: str, dtype: str | None, max_shard_bytes: int, progress: bool
 ) -> None:
     """Writes the weights of a model and its config.json and generation_config.json: see `save_pretrained`."""
     _check_choice(layout, dtype)
-    tensors = model.state_dict()
-    plans = [
-        _plan(spec, part, _storage_dtype(spec, dtype), partial(to_numpy, tensors[spec.name]))
-        for spec in checkpoint_tensors(model.config, vision=False)
-        for part in spec.stored(layout)
-    ]
+    quantization = model.config.quantization_config if dtype is None else None
+    if quantization is not None and layout != PADDLE:
+        raise CheckpointError(
+            'quantised weights have published names in the "paddle" layout only; give a dtype= for "pt"'
+        )
+    dtype = dtype or model.dtype
+    weights = model.weights()
+    plans = []
+    for spec in checkpoint_tensors(model.config, vision=False):
+        weight = weights[spec.name]
+        kind = None if quantization is None else quantised_kind(spec, quantization)
+        if kind is None:
+            target, values = _storage_dtype(spec, dtype), partial(_held_values, weight)
+            plans += [plan_part(spec, part, target, values) for part in spec.stored(layout)]
+        else:
+            codes, scales = quantised_tensors(spec, kind)
+            plans.append(TensorPlan(codes.name, codes.dtype, codes.shape, weight.codes))
+            plans.append(TensorPlan(scales.name, scales.dtype, scales.shape, weight.scale_values))
     write_checkpoint(folder, plans, metadata=METADATA[layout], max_shard_bytes=max_shard_bytes, progress=progress)
-    write_json_atomic(folder / "config.json", model.config.replace(dtype=dtype).to_dict(layout))
+    config = model.config.replace(dtype=dtype, quantization_config=quantization)
+    write_json_atomic(folder / "config.json", config.to_dict(layout))
     write_json_atomic(folder / "generation_config.json", model.generation_config.to_dict())
+
+
+def _held_values(weight: Tensor | PackedWeight) -> tuple[np.ndarray, str]:
+    """The values of a weight in memory, and their dtype."""
+    if not isinstance(weight, PackedWeight):
+        return to_numpy(weight)
+    if weight.kind == BFLOAT16:
+        return weight.codes(), "BF16"
+    shape = (weight.shape[0], weight.shape[1])
+    quantised = Quantised(weight.kind, shape, weight.codes(), weight.scale_values(), weight.outputs_first)
+    return dequantize(quantised), "F32"
 
 
 def convert_checkpoint(
@@ -78,6 +118,7 @@ def convert_checkpoint(
 
     Tensors that the table of names does not know are carried along as they are, and so are tokenizer files and
     other small files. Without `dtype` every tensor keeps its own, and converting back gives the same bits.
+    Quantised weights become what their codes stand for, in the dtype that must be given then.
 
     Args:
         source: a checkpoint folder, text or vision-language.
@@ -92,34 +133,54 @@ def convert_checkpoint(
         ConfigError: the source's config.json is missing or broken.
     """
     source, destination = Path(source), Path(destination)
-    if source.resolve() == destination.resolve():
-        raise CheckpointError(f"{destination}: is the source itself; choose another folder to convert to")
+    refuse_same_folder(source, destination)
     config = ErnieConfig.from_pretrained(source)
     with CheckpointFolder(source) as folder:
         config = settle_config(config, folder.tensors)
-        sources, problems = find_sources(folder, checkpoint_tensors(config))
-        raise_problems(source, problems, "Download the files again, or correct config.json.")
         layout = layout or detect_layout(folder.tensors, str(source))
         _check_choice(layout, dtype)
+        sources = _find_float_sources(folder, config, dtype)
         plans = [
-            _plan(found.spec, part, _target_dtype(folder, found, dtype), partial(_assemble, folder, found))
+            plan_part(found.spec, part, _target_dtype(folder, found, dtype), partial(_values, folder, found))
             for found in sources
             for part in found.spec.stored(layout)
         ]
-        new_config = _converted_config(source, config, layout, dtype)
-        used = {part.name for found in sources for part in found.parts}
-        plans += [_carry(folder, name) for name in folder.tensors if name not in used]
+        new_config = converted_config(source, config, layout, dtype)
+        used = {name for found in sources for name in found.names}
+        plans += [carry(folder, name) for name in folder.tensors if name not in used]
         write_checkpoint(
             destination, plans, metadata=METADATA[layout], max_shard_bytes=max_shard_bytes, progress=progress
         )
     write_json_atomic(destination / "config.json", new_config)
-    _copy_small_files(source, destination)
+    copy_small_files(source, destination)
+
+
+def refuse_same_folder(source: Path, destination: Path) -> None:
+    """Raises a CheckpointError if the two are one folder."""
+    if source.resolve() == destination.resolve():
+        raise CheckpointError(f"{destination}: is the source itself; choose another folder to write to")
+
+
+def _find_float_sources(
+    folder: CheckpointFolder, config: ErnieConfig, dtype: str | None
+) -> Sequence[Source | QuantisedSource]:
+    sources: Sequence[Source | QuantisedSource]
+    if config.quantization_config is None:
+        sources, problems = find_sources(folder, checkpoint_tensors(config))
+    elif dtype is None:
+        raise CheckpointError(f"{folder.path}: is quantised; give the dtype to turn it into (--dtype)")
+    else:
+        sources, problems = quantised_sources(folder, checkpoint_tensors(config), config.quantization_config)
+    raise_problems(folder.path, problems, "Download the files again, or correct config.json.")
+    return sources
 
 
 Values = Callable[[], tuple[np.ndarray, str]]  # a whole -Paddle tensor and its safetensors dtype
 
 
-def _plan(spec: TensorSpec, part: Part, dtype: str, values: Values) -> TensorPlan:
+def plan_part(spec: TensorSpec, part: Part, dtype: str, values: Values) -> TensorPlan:
+    """One part of a -Paddle tensor, as a tensor of its own in that dtype."""
+
     def produce() -> np.ndarray:
         array, found = values()
         return convert(np.ascontiguousarray(part.take(array)), found, dtype)
@@ -128,28 +189,40 @@ def _plan(spec: TensorSpec, part: Part, dtype: str, values: Values) -> TensorPla
     return TensorPlan(part.name, dtype, part.shape, produce)
 
 
-def _assemble(folder: CheckpointFolder, source: Source) -> tuple[np.ndarray, str]:
-    """Puts the parts of one tensor together, in the dtype in which they are stored."""
-    dtype = _stored_dtype(folder, source)
+def _values(folder: CheckpointFolder, source: Source | QuantisedSource) -> tuple[np.ndarray, str]:
+    if isinstance(source, Source):
+        return assemble(folder, source)
+    weight = dequantize(read_quantised(folder, source))
+    for name in source.names:
+        folder.release(name)
+    return weight, "F32"
+
+
+def assemble(folder: CheckpointFolder, source: Source) -> tuple[np.ndarray, str]:
+    """Puts the parts of one tensor together: the -Paddle tensor, in the dtype in which they are stored."""
+    dtype = stored_dtype(folder, source)
     whole = np.empty(source.spec.shape, DTYPES[dtype].storage)
     for part in source.parts:
         copy_part(folder, part, whole, dtype)
     return whole, dtype
 
 
-def _carry(folder: CheckpointFolder, name: str) -> TensorPlan:
+def carry(folder: CheckpointFolder, name: str) -> TensorPlan:
     """A tensor that the table of names does not know, as it is."""
     entry = folder.tensors[name]
     return TensorPlan(name, entry.dtype, entry.shape, partial(folder.read, name))
 
 
-def _stored_dtype(folder: CheckpointFolder, source: Source) -> str:
+def stored_dtype(folder: CheckpointFolder, source: Source) -> str:
+    """The dtype of all parts of a tensor; float32 where they differ."""
     dtypes = {folder.tensors[part.name].dtype for part in source.parts}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
-def _target_dtype(folder: CheckpointFolder, source: Source, dtype: str | None) -> str:
-    return _stored_dtype(folder, source) if dtype is None else _storage_dtype(source.spec, dtype)
+def _target_dtype(folder: CheckpointFolder, source: Source | QuantisedSource, dtype: str | None) -> str:
+    if dtype is None and isinstance(source, Source):
+        return stored_dtype(folder, source)
+    return _storage_dtype(source.spec, str(dtype))
 
 
 def _storage_dtype(spec: TensorSpec, dtype: str) -> str:
@@ -163,13 +236,16 @@ def _check_choice(layout: str, dtype: str | None) -> None:
         raise CheckpointError(f"dtype {dtype!r} is not one of checkpoints; choose float32, bfloat16 or float16")
 
 
-def _converted_config(source: Path, config: ErnieConfig, layout: str, dtype: str | None) -> dict[str, Any]:
-    """The source's config.json in the spelling of the layout, with the keys written out whose defaults differ."""
+def converted_config(source: Path, config: ErnieConfig, layout: str, dtype: str | None) -> dict[str, Any]:
+    """The source's config.json in the spelling of the layout, with the keys written out whose defaults differ.
+
+    What it says about quantisation is left out.
+    """
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     new = config.replace(dtype=dtype or config.dtype).to_dict(layout)
     unset = [key for key in new if key in ALWAYS_WRITTEN]
     spelled = {"torch_dtype": "dtype"} if layout == PADDLE else {"dtype": "torch_dtype"}
-    content = {spelled.get(key, key): value for key, value in raw.items()}
+    content = {spelled.get(key, key): value for key, value in raw.items() if key not in QUANTISATION_KEYS}
     for key in ("architectures", "dtype", "torch_dtype"):
         if key in new and (key in content or (dtype is not None and key != "architectures")):
             content[key] = new[key]
@@ -181,7 +257,7 @@ def _canonical(raw: dict[str, Any]) -> set[str]:
     return {ALIASES.get(key, key) for key in raw} | (set(nested) if isinstance(nested, dict) else set())
 
 
-def _copy_small_files(source: Path, destination: Path) -> None:
+def copy_small_files(source: Path, destination: Path) -> None:
     """Tokenizer, chat template, generation_config.json and the like."""
     for file in sorted(source.iterdir()):
         is_weights = file.name.endswith((".safetensors", ".safetensors.index.json"))

@@ -16,9 +16,12 @@ import numpy as np
 from ernie45.checkpoint.dtypes import DTYPES, dtype_from_framework_name
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError
+from ernie45.quantization.config import NOT_QUANTISED, QuantizationConfig
+from ernie45.quantization.weights import SCALE_DTYPES, stored_shapes
 
 PADDLE, PT = "paddle", "pt"
 LAYOUTS = (PADDLE, PT)
+CODES_SUFFIX, SCALES_SUFFIX = ".quant_weight", ".weight_scale"  # in place of ".weight"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class TensorSpec:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def outputs_first(self) -> bool:
+        """Whether a row is an output channel: of an embedding, which is the transpose of a tied head."""
+        return self.group == "embedding"
+
     def stored(self, layout: str) -> tuple[Part, ...]:
         """The tensors that hold it in this layout: itself in the -Paddle layout, its parts in the -PT layout."""
         return (Part(self.name, self.shape),) if layout == PADDLE else self.parts
@@ -110,10 +118,65 @@ def checkpoint_tensors(config: ErnieConfig, *, mtp: bool = True, vision: bool = 
     return specs
 
 
-def weight_bytes(specs: Iterable[TensorSpec], dtype: str) -> int:
-    """Bytes of the weights in memory or in a file; float32 tensors stay float32."""
+@dataclass(frozen=True)
+class QuantisedTensor:
+    """One of the two tensors of a quantised checkpoint that take the place of a weight.
+
+    Attributes:
+        name: `X.quant_weight` or `X.weight_scale` for the weight `X.weight`.
+        shape: its shape.
+        dtype: its safetensors dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes in a file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].item_size
+
+
+def quantised_kind(spec: TensorSpec, quantization: QuantizationConfig) -> str | None:
+    """How a weight is quantised; None for what stays as it is: norms, biases, router, vision tower and adapter."""
+    if spec.float32 or len(spec.shape) != 2 or spec.group in ("vision tower", "adapter"):
+        return None
+    if spec.group in ("embedding", "head"):
+        kind = quantization.embedding_quant_type
+        return None if kind == NOT_QUANTISED else kind
+    if spec.group in ("experts", "text experts", "vision experts"):
+        return quantization.moe_quant_type
+    return quantization.dense_quant_type
+
+
+def quantised_tensors(spec: TensorSpec, kind: str) -> tuple[QuantisedTensor, QuantisedTensor]:
+    """Codes and scales that stand for this weight in a quantised -Paddle checkpoint: see `quantization.weights`."""
+    stem = spec.name.removesuffix(".weight")
+    codes, scales = stored_shapes(kind, spec.shape, spec.outputs_first)
+    return (
+        QuantisedTensor(f"{stem}{CODES_SUFFIX}", codes, "I8"),
+        QuantisedTensor(f"{stem}{SCALES_SUFFIX}", scales, SCALE_DTYPES[kind]),
+    )
+
+
+def weight_bytes(specs: Iterable[TensorSpec], dtype: str, quantization: QuantizationConfig | None = None) -> int:
+    """Bytes of the weights in memory or in a file; float32 tensors stay float32.
+
+    Args:
+        specs: the tensors.
+        dtype: dtype of those that are not quantised.
+        quantization: which are quantised, and how; None: none is.
+    """
     item = DTYPES[dtype_from_framework_name(dtype)].item_size
-    return sum(spec.size * (4 if spec.float32 else item) for spec in specs)
+    total = 0
+    for spec in specs:
+        kind = None if quantization is None else quantised_kind(spec, quantization)
+        if kind is None:
+            total += spec.size * (4 if spec.float32 else item)
+        else:
+            total += sum(tensor.byte_count for tensor in quantised_tensors(spec, kind))
+    return total
 
 
 def detect_layout(names: Iterable[str], where: str) -> str:
@@ -132,8 +195,10 @@ def detect_layout(names: Iterable[str], where: str) -> str:
             f"{where}: fused qkv_proj under 'model.' is PaddleFormers' in-memory layout, not a published one; "
             "save it with save_to_hf=True (-PT layout) and load that"
         )
-    quantised = next((name for name in names if name.endswith(".quant_weight")), None)
-    hint = "quantised checkpoints are not supported" if quantised else "expected names such as 'ernie.norm.weight'"
+    if any(name.endswith(CODES_SUFFIX) for name in names):
+        hint = "quantised checkpoints are read with -Paddle names, such as 'ernie.embed_tokens.quant_weight'"
+    else:
+        hint = "expected names such as 'ernie.norm.weight'"
     raise CheckpointError(f"{where}: not an ERNIE 4.5 checkpoint: {hint}; found {', '.join(sorted(names)[:4])}, ...")
 
 
@@ -147,10 +212,13 @@ def settle_config(config: ErnieConfig, names: Iterable[str]) -> ErnieConfig:
     tied = config.tie_word_embeddings
     depths = {name.split(".")[2] for name in names if ".mtp_linear_proj." in name}
     return config.replace(
-        tie_word_embeddings="lm_head.weight" not in names if tied is None else tied,
+        tie_word_embeddings=names.isdisjoint(HEAD_NAMES) if tied is None else tied,
         moe_use_aux_free=any(name.endswith(".e_score_correction_bias") for name in names) and bool(config.banks),
         num_nextn_predict_layers=len(depths),
     )
+
+
+HEAD_NAMES = ("lm_head.weight", f"lm_head{CODES_SUFFIX}")
 
 
 def pt_name(name: str) -> str:

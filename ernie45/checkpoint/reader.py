@@ -16,9 +16,21 @@ from tqdm import tqdm
 
 from ernie45.checkpoint.dtypes import FLOAT_DTYPES, convert, dtype_from_framework_name
 from ernie45.checkpoint.folder import CheckpointFolder
-from ernie45.checkpoint.names import Part, TensorSpec, detect_layout, weight_bytes
+from ernie45.checkpoint.names import (
+    CODES_SUFFIX,
+    PADDLE,
+    Part,
+    QuantisedTensor,
+    TensorSpec,
+    detect_layout,
+    quantised_kind,
+    quantised_tensors,
+    weight_bytes,
+)
 from ernie45.errors import CheckpointError
 from ernie45.memory import available_bytes, format_bytes
+from ernie45.quantization.config import QuantizationConfig
+from ernie45.quantization.weights import Quantised
 
 CHUNK_BYTES = 8 * 2**20
 # What a process needs beside the weights: activations, buffers of the reader, Paddle itself.
@@ -32,6 +44,26 @@ class Source:
     spec: TensorSpec
     parts: tuple[Part, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the folder."""
+        return tuple(part.name for part in self.parts)
+
+
+@dataclass(frozen=True)
+class QuantisedSource:
+    """Where one quantised weight comes from: names of the tensors with its codes and scales, in that kind."""
+
+    spec: TensorSpec
+    kind: str
+    codes: str
+    scales: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the folder."""
+        return (self.codes, self.scales)
+
 
 def find_sources(folder: CheckpointFolder, specs: Iterable[TensorSpec]) -> tuple[list[Source], list[str]]:
     """Matches the expected tensors with those of the folder.
@@ -43,22 +75,62 @@ def find_sources(folder: CheckpointFolder, specs: Iterable[TensorSpec]) -> tuple
         CheckpointError: the folder's layout is unknown.
     """
     layout = detect_layout(folder.tensors, str(folder.path))
+    quantised = next((name for name in folder.tensors if name.endswith(CODES_SUFFIX)), None)
+    if quantised is not None:
+        raise CheckpointError(
+            f"{folder.path}: holds quantised weights ({quantised}), but its config.json has no quantization_config; "
+            "download config.json again"
+        )
     sources: list[Source] = []
     problems: list[str] = []
     for spec in specs:
-        parts = [_as_found(part, spec, folder) for part in spec.stored(layout)]
-        problems += [problem for part in parts if (problem := _problem(part, folder)) is not None]
-        sources.append(Source(spec, tuple(parts)))
+        source, found = _find_source(folder, spec, layout)
+        sources.append(source)
+        problems += found
     return sources, problems
 
 
-def memory_problem(specs: Iterable[TensorSpec], dtype: str) -> str | None:
-    """Says what is wrong if weights of this dtype do not fit into free memory."""
-    needed, free = weight_bytes(specs, dtype) + HEADROOM_BYTES, available_bytes()
+def quantised_sources(
+    folder: CheckpointFolder, specs: Iterable[TensorSpec], quantization: QuantizationConfig
+) -> tuple[list[Source | QuantisedSource], list[str]]:
+    """Matches the expected tensors with those of a folder with quantised -Paddle names.
+
+    Returns:
+        sources, problems: one source for each spec, a `QuantisedSource` where `quantization` says so; problems name
+            every tensor that is missing or has the wrong shape or dtype.
+    """
+    sources: list[Source | QuantisedSource] = []
+    problems: list[str] = []
+    for spec in specs:
+        kind = quantised_kind(spec, quantization)
+        if kind is None:
+            source, found = _find_source(folder, spec, PADDLE)
+            sources.append(source)
+            problems += found
+            continue
+        codes, scales = quantised_tensors(spec, kind)
+        sources.append(QuantisedSource(spec, kind, codes.name, scales.name))
+        problems += [problem for tensor in (codes, scales) if (problem := _quantised_problem(tensor, folder))]
+    return sources, problems
+
+
+def read_quantised(folder: CheckpointFolder, source: QuantisedSource) -> Quantised:
+    """The codes and scales of one weight, read-only views of the mapped files."""
+    codes, scales = folder.read(source.codes), folder.read(source.scales)
+    shape = (source.spec.shape[0], source.spec.shape[1])
+    return Quantised(source.kind, shape, codes, scales, source.spec.outputs_first)
+
+
+def memory_problem(
+    specs: Iterable[TensorSpec], dtype: str, quantization: QuantizationConfig | None = None
+) -> str | None:
+    """Says what is wrong if weights of this dtype, some of them quantised, do not fit into free memory."""
+    needed, free = weight_bytes(specs, dtype, quantization) + HEADROOM_BYTES, available_bytes()
     if free is None or needed <= free or paddle.device.get_device() != "cpu":
         return None
+    kind = dtype if quantization is None else "quantised"
     return (
-        f"not enough memory: {dtype} weights and {format_bytes(HEADROOM_BYTES)} of working space need "
+        f"not enough memory: {kind} weights and {format_bytes(HEADROOM_BYTES)} of working space need "
         f"{format_bytes(needed)}, {format_bytes(free)} are free; close other programs, "
         'choose dtype="bfloat16" or a smaller model'
     )
@@ -71,7 +143,7 @@ def load(folder: CheckpointFolder, sources: list[Source], parameters: Mapping[st
         total=total, unit="B", unit_scale=True, desc=f"Loading {folder.path.name}", delay=1, disable=not progress
     ) as bar:
         for source in sources:
-            with _Storage(parameters[source.spec.name]) as storage:
+            with ParameterStorage(parameters[source.spec.name]) as storage:
                 for part in source.parts:
                     copy_part(folder, part, storage.array, storage.dtype)
                     bar.update(folder.tensors[part.name].byte_count)
@@ -96,7 +168,7 @@ def to_numpy(tensor: Tensor) -> tuple[np.ndarray, str]:
     return np.from_dlpack(tensor), dtype
 
 
-class _Storage:
+class ParameterStorage:
     """A writable array that is the parameter (CPU), or that is copied into it at the end (other devices)."""
 
     def __init__(self, parameter: Tensor):
@@ -104,12 +176,27 @@ class _Storage:
         self.host = parameter.detach().cpu()
         self.array, self.dtype = to_numpy(self.host)
 
-    def __enter__(self) -> _Storage:
+    def __enter__(self) -> ParameterStorage:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None and not self.parameter.place.is_cpu_place():
             self.parameter.copy_(self.host, True)  # not set_value, which would give a view memory of its own
+
+
+def _find_source(folder: CheckpointFolder, spec: TensorSpec, layout: str) -> tuple[Source, list[str]]:
+    parts = [_as_found(part, spec, folder) for part in spec.stored(layout)]
+    return Source(spec, tuple(parts)), [problem for part in parts if (problem := _problem(part, folder))]
+
+
+def _quantised_problem(tensor: QuantisedTensor, folder: CheckpointFolder) -> str | None:
+    entry = folder.tensors.get(tensor.name)
+    if entry is None:
+        return f"{tensor.name}: missing, expected {tensor.dtype} {list(tensor.shape)}"
+    if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
+        found, expected = f"{entry.dtype} {list(entry.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+        return f"{tensor.name}: {found} in {entry.file.name}, expected {expected}"
+    return None
 
 
 def _as_found(part: Part, spec: TensorSpec, folder: CheckpointFolder) -> Part:

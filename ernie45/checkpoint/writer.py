@@ -66,7 +66,8 @@ class TensorPlan:
 class _Shard:
     name: str
     header: bytes
-    plans: list[TensorPlan]
+    plans: list[TensorPlan]  # in the order in which they are produced
+    starts: list[int]  # where each begins in the file
 
 
 def write_checkpoint(
@@ -84,7 +85,7 @@ def write_checkpoint(
 
     Args:
         folder: the destination, created if absent.
-        tensors: what to write, in order; each is produced, checked, written and dropped before the next.
+        tensors: what to write; in this order each is produced, checked, written and dropped before the next.
         metadata: the files' `__metadata__`, for instance {"format": "np"}.
         max_shard_bytes: bytes of tensors per file; a single larger tensor gets a file of its own.
         progress: show a progress bar with bytes and rate on stderr.
@@ -174,16 +175,17 @@ def _plan_shards(plans: list[TensorPlan], metadata: dict[str, str], max_shard_by
 
 
 def _make_shard(name: str, group: list[TensorPlan], metadata: dict[str, str]) -> _Shard:
-    plans = sorted(group, key=lambda plan: -DTYPES[plan.dtype].item_size)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
-    for plan in plans:
+    for plan in sorted(group, key=lambda plan: -DTYPES[plan.dtype].item_size):
         offsets = [position, position + plan.byte_count]
         header[plan.name] = {"dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": offsets}
         position += plan.byte_count
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return _Shard(name, struct.pack("<Q", len(text)) + text, plans)
+    first = 8 + len(text)
+    starts = [first + header[plan.name]["data_offsets"][0] for plan in group]
+    return _Shard(name, struct.pack("<Q", len(text)) + text, group, starts)
 
 
 def _index_json(shards: list[_Shard]) -> bytes:
@@ -239,9 +241,10 @@ def _write_shard(folder: Path, shard: _Shard, bar: tqdm) -> None:
     with file:
         with _disk_errors(path):
             file.write(shard.header)
-        for plan in shard.plans:
+        for plan, start in zip(shard.plans, shard.starts, strict=True):
             array = _produce(plan)
             with _disk_errors(path):
+                file.seek(start)
                 _write_array(file, array, bar)
             del array  # before the next one is produced
         with _disk_errors(path):

@@ -112,6 +112,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def log_probabilities(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Log-probabilities [rows] float32 of one token in each row of logits [rows, vocab]."""
+    best = logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits - best).sum(axis=-1)
+    return logits[np.arange(len(ids)), ids] - best[:, 0] - np.log(total)
+
+
 def candidates(logits: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that sampling may choose from, and their probabilities up to a common factor.
 

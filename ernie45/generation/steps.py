@@ -12,7 +12,7 @@ import paddle
 from ernie45.generation.prompt import left_pad
 from ernie45.generation.prompt_cache import PromptCache
 from ernie45.generation.request import Request
-from ernie45.generation.sampling import Context, choose, generators, log_softmax, process
+from ernie45.generation.sampling import Context, choose, generators, log_probabilities, process
 from ernie45.generation.text import RowText
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def steps(model: ErnieForCausalLM, request: Request, texts: Sequence[RowText] = 
         for row in np.flatnonzero(active):
             replies[row, position] = choose(logits[row], config, randoms[row])
         ids = replies[:, position]
-        log_probs = np.where(active, log_softmax(logits)[np.arange(len(rows)), ids], 0).astype("float32")
+        log_probs = np.where(active, log_probabilities(logits, ids), 0).astype("float32")
         pieces = [text.push(int(ids[row])) if active[row] else "" for row, text in enumerate(texts)]
         yield Step(ids.copy(), log_probs, active, pieces)
         active = active & ~np.isin(ids, config.eos_token_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,16 @@ from paddle.nn.initializer import Normal
 from ernie45 import ops
 from ernie45.checkpoint.folder import CheckpointFolder
 from ernie45.checkpoint.hub import resolve_folder
-from ernie45.checkpoint.names import PADDLE, checkpoint_tensors, settle_config
-from ernie45.checkpoint.reader import find_sources, load, memory_problem, raise_problems
+from ernie45.checkpoint.loading import load
+from ernie45.checkpoint.names import PADDLE, TensorSpec, checkpoint_tensors, settle_config
+from ernie45.checkpoint.reader import (
+    QuantisedSource,
+    Source,
+    find_sources,
+    memory_problem,
+    quantised_sources,
+    raise_problems,
+)
 from ernie45.checkpoint.writer import DEFAULT_SHARD_BYTES
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError, ConfigError, ErnieError
@@ -27,6 +35,10 @@ from ernie45.models.cache import KVCache
 from ernie45.models.decoder import Decoder
 from ernie45.models.layers import Linear
 from ernie45.models.moe import Routing, published_tensors
+from ernie45.models.packing import fuse, pack, packed_weights, unpacked
+from ernie45.ops import custom
+from ernie45.ops.packed import BFLOAT16, PackedWeight
+from ernie45.quantization.config import QuantizationConfig
 from ernie45.runtime import prepare_cpu
 
 
@@ -111,9 +123,42 @@ class ErnieForCausalLM(nn.Layer):
             if parameter.ndim > 1 and not parameter.stop_gradient:
                 normal(parameter)
 
+    @classmethod
+    def packed(cls, config: ErnieConfig, mtp: bool = False) -> ErnieForCausalLM:
+        """A model for inference on a CPU whose matrices are packed, in bfloat16 or as config.quantization_config says.
+
+        They are zeros, to be filled in through `weights()`; then call `models.packing.fuse` on its decoder.
+        """
+        with paddle.LazyGuard():
+            model = cls(config, BFLOAT16, mtp, initialize=False)
+        pack(model, config.quantization_config)
+        return model
+
+    def train(self) -> None:
+        """Switches to training.
+
+        Raises:
+            ErnieError: the weights are packed for inference.
+        """
+        if any(True for _ in packed_weights(self)):
+            raise ErnieError(
+                'train: the weights are packed for inference on a CPU; load the model with dtype="float32"'
+            )
+        super().train()
+
+    def weights(self) -> dict[str, Tensor | PackedWeight]:
+        """Every weight by its published -Paddle name, as it is held: a parameter, a view of one, or packed."""
+        return dict(self._published({**super().state_dict(), **dict(packed_weights(self))}))
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Parameters under their published -Paddle names; experts are views of the stacked parameters."""
-        return dict(self._published(super().state_dict(*args, **kwargs)))
+        """Weights under their published -Paddle names; experts are views of the stacked parameters.
+
+        Packed weights are unpacked into new tensors; quantised ones are `X.quant_weight` and `X.weight_scale`.
+        """
+        parameters = dict(self._published(super().state_dict(*args, **kwargs)))
+        for name, weight in self._published(dict(packed_weights(self))):
+            parameters.update(unpacked(name, weight))
+        return parameters
 
     def set_state_dict(
         self, state_dict: Mapping[str, Any], use_structured_name: bool = True
@@ -128,6 +173,10 @@ class ErnieForCausalLM(nn.Layer):
         """
         if not use_structured_name:
             raise ErnieError("set_state_dict: published names are structured names; use_structured_name=False is not")
+        if any(True for _ in packed_weights(self)):
+            raise ErnieError(
+                'set_state_dict: the weights are packed for inference; load the model with dtype="float32"'
+            )
         own = self.state_dict()
         shared = own.keys() & state_dict.keys()
         wrong = [
@@ -145,7 +194,7 @@ class ErnieForCausalLM(nn.Layer):
 
     set_dict = set_state_dict
 
-    def _published(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _published(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, parameter in parameters.items():
             name = "lm_head.weight" if name == "head.weight" else name
             yield from published_tensors(name, parameter, self.config.banks)
@@ -156,6 +205,7 @@ class ErnieForCausalLM(nn.Layer):
         name: str | Path,
         *,
         dtype: str | None = None,
+        quantization: str | None = None,
         revision: str | None = None,
         cache_dir: str | None = None,
         mtp: bool = False,
@@ -168,8 +218,11 @@ class ErnieForCausalLM(nn.Layer):
         Args:
             name: a folder, "owner/name" (Hugging Face), "aistudio:owner/name", "modelscope:owner/name", or a model
                 that comes with the package ("ernie45-tiny").
-            dtype: dtype of the weights in memory. By default the checkpoint's own on a GPU, and float32 on a CPU,
-                where Paddle computes in float32 whatever the weights are.
+            dtype: dtype of the weights in memory, by default the checkpoint's own. On a CPU "bfloat16" packs them for
+                our operators, for inference only; to train there, choose "float32". Where those operators cannot be
+                built, the default on a CPU is "float32".
+            quantization: "wint8" or "wint4" quantises the weights while they are read, embedding and head to 8 bits
+                in either case. A checkpoint that is quantised already needs no word.
             revision: branch, tag or commit on the hub.
             cache_dir: where downloads are kept.
             mtp: also load the multi-token-prediction blocks, if the checkpoint has them.
@@ -188,15 +241,18 @@ class ErnieForCausalLM(nn.Layer):
                 raise ConfigError(f"{path}: vision-language checkpoints are not supported yet")
             if not mtp:
                 config = config.replace(num_nextn_predict_layers=0)
-            dtype = dtype or (config.dtype if paddle.device.get_device() != "cpu" else "float32")
             specs = checkpoint_tensors(config)
-            sources, problems = find_sources(folder, specs)
-            shortage = memory_problem(specs, dtype)
+            sources, problems = _find(folder, specs, config.quantization_config)
+            config = _choose_storage(config, dtype, quantization, str(path))
+            packed = _packs(config)
+            shortage = memory_problem(specs, config.dtype, config.quantization_config if packed else None)
             raise_problems(
                 path, problems + ([shortage] if shortage else []), "Download the files again, or correct config.json."
             )
-            model = cls(config.replace(dtype=dtype), dtype=dtype, mtp=mtp, initialize=False)
-            load(folder, sources, model.state_dict(), progress)
+            model = cls.packed(config, mtp) if packed else cls(config, config.dtype, mtp, initialize=False)
+            load(folder, sources, model.weights(), config.quantization_config, progress)
+        if packed:
+            fuse(model.ernie)
         model.generation_config = generation_config
         return model.eval()
 
@@ -214,7 +270,8 @@ class ErnieForCausalLM(nn.Layer):
         Args:
             folder: created if needed.
             layout: "paddle" or "pt".
-            dtype: dtype of the file, by default that of the weights.
+            dtype: dtype of the file, by default that of the weights. Quantised weights stay so by default, and become
+                what they stand for in the dtype that is given.
             max_shard_bytes: larger models are split into shards with an index.
             progress: show a progress bar when writing takes longer than a second.
 
@@ -223,7 +280,7 @@ class ErnieForCausalLM(nn.Layer):
         """
         from ernie45.checkpoint.convert import save_model
 
-        save_model(self, Path(folder), layout, dtype or self.dtype, max_shard_bytes, progress)
+        save_model(self, Path(folder), layout, dtype, max_shard_bytes, progress)
 
 
 def _open(path: Path) -> tuple[ErnieConfig, CheckpointFolder]:
@@ -242,3 +299,35 @@ def _open(path: Path) -> tuple[ErnieConfig, CheckpointFolder]:
     if errors:
         raise CheckpointError("\n".join(str(error) for error in errors))
     return config, folder
+
+
+def _find(
+    folder: CheckpointFolder, specs: list[TensorSpec], quantization: QuantizationConfig | None
+) -> tuple[Sequence[Source | QuantisedSource], list[str]]:
+    return find_sources(folder, specs) if quantization is None else quantised_sources(folder, specs, quantization)
+
+
+def _choose_storage(config: ErnieConfig, dtype: str | None, quantization: str | None, where: str) -> ErnieConfig:
+    """Settles in what form the weights are held: `dtype` and `quantization_config` of the result."""
+    stored = config.quantization_config
+    if quantization is not None:
+        wanted = QuantizationConfig.uniform(quantization)
+        if stored is not None and (stored.dense_quant_type, stored.moe_quant_type) != (quantization, quantization):
+            raise ConfigError(
+                f"{where}: holds weights in {stored.dense_quant_type}, not {quantization}; leave quantization= out, or "
+                "take the checkpoint that is not quantised"
+            )
+        config = config.replace(quantization_config=stored or wanted)
+    on_cpu = paddle.device.get_device() == "cpu"
+    if config.quantization_config is not None and on_cpu and dtype not in (None, "bfloat16"):
+        raise ConfigError(f'{where}: quantised weights go with dtype="bfloat16" on a CPU, found {dtype!r}')
+    if dtype is None:
+        if config.quantization_config is not None and on_cpu:
+            config = config.replace(dtype="bfloat16")  # quantised weights are packed, whatever they were before
+        dtype = config.dtype if not on_cpu or _packs(config) else "float32"
+    return config.replace(dtype=dtype)
+
+
+def _packs(config: ErnieConfig) -> bool:
+    """Whether weights of this form are packed for the CPU kernels."""
+    return config.dtype == "bfloat16" and paddle.device.get_device() == "cpu" and custom.library() is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import paddle
 from paddle import Tensor, nn
 
@@ -12,6 +15,9 @@ from ernie45.models.cache import KVCache
 from ernie45.models.layers import MLP, ZEROS, Attention, Linear, RMSNorm
 from ernie45.models.mask import AttentionMask, document_ends, explicit_mask
 from ernie45.models.moe import MoE, Routing
+
+if TYPE_CHECKING:
+    from ernie45.models.packing import FusedDecoder
 
 
 class Embedding(nn.Layer):
@@ -25,8 +31,7 @@ class Embedding(nn.Layer):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [batch, sequence] int64 -> [batch, sequence, hidden_size] in the dtype of activations."""
-        rows = nn.functional.embedding(input_ids, self.weight)
-        return rows.astype(ops.compute_dtype(self.weight.dtype))
+        return ops.embedding(input_ids, self.weight)
 
 
 class DecoderLayer(nn.Layer):
@@ -52,6 +57,21 @@ class DecoderLayer(nn.Layer):
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         normed = self.post_attention_layernorm(x)
         return x + (self.mlp(normed, banks, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where new tokens stand.
+
+    Attributes:
+        positions: [batch, sequence].
+        mask: which keys they see.
+        next_position: [batch] int64, position of the token that would follow.
+    """
+
+    positions: Tensor
+    mask: AttentionMask
+    next_position: Tensor
 
 
 class Decoder(nn.Layer):
@@ -80,6 +100,7 @@ class Decoder(nn.Layer):
                 [Linear(2 * config.hidden_size, config.hidden_size, dtype) for _ in range(depth)]
             )
         self.mtp_depth = depth
+        self.fused: FusedDecoder | None = None  # set from outside: see models/packing.py
 
     def forward(
         self,
@@ -110,41 +131,59 @@ class Decoder(nn.Layer):
             ErnieError: an argument has the wrong shape, or a token id is outside the vocabulary.
         """
         _check_ids(input_ids, self.config.vocab_size)
-        x, _, _ = self.run_layers(
-            input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache, routing
-        )
-        return self.norm(x)
+        place = self.place(input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache)
+        positions, mask = place.positions, place.mask
+        first_keys = None if self.fused is None else self.fused.first_keys(input_ids, positions, mask, routing)
+        if self.fused is not None and first_keys is not None:
+            hidden = self.fused(input_ids, positions, first_keys, cache)
+        else:
+            hidden = self.norm(self.run_layers(input_ids, place, cache, routing))
+        if cache is not None:
+            cache.advance(mask.padding, place.next_position, input_ids.shape[1])
+        return hidden
 
-    def run_layers(
+    def place(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         attn_mask_startend_row_indices: Tensor | None = None,
         cache: KVCache | None = None,
-        routing: list[Routing] | None = None,
-    ) -> tuple[Tensor, Tensor, AttentionMask]:
-        """As `forward`, but before the final norm; also the positions [batch, sequence] and the mask."""
+    ) -> Place:
+        """Where the tokens stand and what they see; arguments as of `forward`."""
         batch, sequence = input_ids.shape
         offset = 0 if cache is None else cache.length
         padding, explicit = _read_mask(attention_mask, batch, sequence, cache)
         ends = attn_mask_startend_row_indices
-        mask = AttentionMask(
-            offset, padding, None if ends is None else document_ends(ends, batch, offset + sequence), explicit
-        )
+        ends = None if ends is None else document_ends(ends, batch, offset + sequence)
+        mask = AttentionMask(offset, padding, ends, explicit)
+        before = None if cache is None else cache.next_position
+        if position_ids is None and padding is None:
+            start = paddle.zeros([batch], dtype="int64") if before is None else before
+            positions = start.unsqueeze(1)
+            positions = positions if sequence == 1 else positions + paddle.arange(sequence).unsqueeze(0)
+            return Place(positions, mask, start + sequence)
         if position_ids is None:
-            position_ids = _default_positions(batch, sequence, padding, cache)
+            position_ids = _padded_positions(sequence, padding, before)
         elif position_ids.shape != [batch, sequence]:
             raise ErnieError(
                 f"position_ids: expected [{batch}, {sequence}] like input_ids, found {list(position_ids.shape)}"
             )
+        return Place(position_ids, mask, _next_position(position_ids, padding, before))
+
+    def run_layers(
+        self,
+        input_ids: Tensor,
+        place: Place,
+        cache: KVCache | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        """Hidden states [batch, sequence, hidden_size] before the final norm."""
         x = self.embed_tokens(input_ids)
-        rotary = self.rotary(position_ids)
+        rotary = self.rotary(place.positions)
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache, routing=routing)
-        if cache is not None:
-            cache.advance(padding, _next_position(position_ids, padding, cache), sequence)
-        return x, position_ids, mask
+            x = layer(x, rotary, place.mask, cache, routing=routing)
+        return x
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [batch, sequence, 1, head_dim / 2] float32 for position_ids [batch, sequence]."""
@@ -170,8 +209,9 @@ class Decoder(nn.Layer):
                 f"input_ids: expected more than {self.mtp_depth} tokens per row, found {list(input_ids.shape)}"
             )
         _check_ids(input_ids, self.config.vocab_size)
-        hidden, positions, mask = self.run_layers(input_ids[:, :sequence])
-        embeddings, rotary = self.embed_tokens(input_ids), self.rotary(positions)
+        place = self.place(input_ids[:, :sequence])
+        hidden = self.run_layers(input_ids[:, :sequence], place)
+        embeddings, rotary, mask = self.embed_tokens(input_ids), self.rotary(place.positions), place.mask
         outputs = [hidden]
         for depth in range(self.mtp_depth):
             ahead = embeddings[:, depth + 1 : depth + 1 + sequence]
@@ -184,7 +224,8 @@ class Decoder(nn.Layer):
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ErnieError(f"input_ids: expected a non-empty [batch, sequence], found shape {list(input_ids.shape)}")
-    low, high = int(input_ids.min()), int(input_ids.max())
+    values = input_ids.numpy()
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= vocab_size:
         raise ErnieError(
             f"input_ids: ids {low}..{high} are outside the vocabulary 0..{vocab_size - 1}; "
@@ -220,21 +261,18 @@ def _read_mask(
     return (None if bool(padding.all()) else padding), None
 
 
-def _default_positions(batch: int, sequence: int, padding: Tensor | None, cache: KVCache | None) -> Tensor:
-    """Positions [batch, sequence] that count tokens which are not padding, continuing after the cache."""
-    start = paddle.zeros([batch, 1], dtype="int64")
-    if cache is not None and cache.next_position is not None:
-        start = cache.next_position.unsqueeze(1)
-    if padding is None:
-        return start + paddle.arange(sequence).unsqueeze(0)
+def _padded_positions(sequence: int, padding: Tensor | None, before: Tensor | None) -> Tensor:
+    """Positions [batch, sequence] that count tokens which are not padding, continuing from `before` [batch]."""
+    assert padding is not None
     new = padding[:, -sequence:].astype("int64")
-    return paddle.clip(start + paddle.cumsum(new, axis=1) - 1, min=0)
+    counted = paddle.cumsum(new, axis=1) - 1
+    return paddle.clip(counted if before is None else counted + before.unsqueeze(1), min=0)
 
 
-def _next_position(position_ids: Tensor, padding: Tensor | None, cache: KVCache) -> Tensor:
+def _next_position(position_ids: Tensor, padding: Tensor | None, before: Tensor | None) -> Tensor:
     """Position [batch] that follows the tokens seen so far; a chunk that is all padding leaves it as it was."""
     following = position_ids.astype("int64") + 1
     if padding is not None:
         following = following * padding[:, -following.shape[1] :].astype("int64")
     last = following.max(axis=1)
-    return last if cache.next_position is None else paddle.maximum(last, cache.next_position)
+    return last if before is None else paddle.maximum(last, before)

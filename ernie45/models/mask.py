@@ -50,6 +50,16 @@ class AttentionMask:
             allowed = _both(allowed, rows < self.end_rows[:, None, None, :columns])
         return allowed
 
+    def first_visible(self, batch: int) -> Tensor | None:
+        """The first key [batch] int64 that each row sees, if there is only causal order and padding on the left."""
+        if self.explicit is not None or self.end_rows is not None:
+            return None
+        if self.padding is None:
+            return paddle.zeros([batch], dtype="int64")
+        first = self.padding.astype("int64").argmax(axis=1)
+        expected = paddle.arange(self.padding.shape[1]).unsqueeze(0) >= first.unsqueeze(1)
+        return first if bool((expected == self.padding).all()) else None
+
 
 def _both(left: Tensor | None, right: Tensor) -> Tensor:
     return right if left is None else paddle.logical_and(left, right)

@@ -17,6 +17,7 @@ from ernie45 import ops
 from ernie45.checkpoint.names import router_weight_name
 from ernie45.config import BankConfig, ErnieConfig
 from ernie45.models.layers import MLP, ZEROS
+from ernie45.ops.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,16 @@ class ExpertBank(nn.Layer):
         Returns:
             [tokens, hidden_size]
         """
-        tokens, k = indices.shape
-        flat = indices.flatten()
-        order = paddle.argsort(flat, stable=True)
-        counts = paddle.bincount(flat, minlength=self.up_gate_proj.shape[0]).tolist()
-        rows = paddle.split(paddle.gather(x, order // k), [count for count in counts if count], axis=0)
-        up_gate, down = paddle.unbind(self.up_gate_proj), paddle.unbind(self.down_proj)
-        chosen = [expert for expert, count in enumerate(counts) if count]
+        rows, counts, _, slots = ops.moe_permute(x, indices, self.up_gate_proj.shape[0])
+        sizes = counts.tolist()
+        chosen = [expert for expert, size in enumerate(sizes) if size]
+        parts = paddle.split(rows, [sizes[expert] for expert in chosen], axis=0)
+        up_gate, down = ops.unstack(self.up_gate_proj), ops.unstack(self.down_proj)
         outputs = [
             ops.linear(ops.swiglu(ops.linear(part, up_gate[expert])), down[expert])
-            for expert, part in zip(chosen, rows, strict=True)
+            for expert, part in zip(chosen, parts, strict=True)
         ]
-        by_token = paddle.gather(paddle.concat(outputs, axis=0), paddle.argsort(order))
-        return (by_token.reshape([tokens, k, -1]) * weights.unsqueeze(-1)).sum(axis=1)
+        return ops.moe_combine(paddle.concat(outputs, axis=0), slots, weights)
 
 
 class MoE(nn.Layer):
@@ -162,13 +160,16 @@ class MoE(nn.Layer):
 _STACKED = re.compile(r"^(.*\.mlp\.experts\.)(\d+)\.(up_gate_proj|down_proj)$")
 
 
-def published_tensors(name: str, parameter: Tensor, banks: tuple[BankConfig, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Presents one parameter under its published names: stacked experts one by one, as views; all else as it is."""
+def published_tensors(
+    name: str, weight: Tensor | PackedWeight, banks: tuple[BankConfig, ...]
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """Presents one weight under its published names: stacked experts one by one, as views; all else as it is."""
     match = _STACKED.match(name)
     if match is None:
-        yield name, parameter
+        yield name, weight
         return
     prefix, bank, projection = match[1], int(match[2]), match[3]
     first = sum(b.num_experts for b in banks[:bank])
-    for expert in range(parameter.shape[0]):
-        yield f"{prefix}{first + expert}.{projection}.weight", parameter.detach()[expert]
+    for expert in range(weight.shape[0]):
+        view = weight[expert] if isinstance(weight, PackedWeight) else weight.detach()[expert]
+        yield f"{prefix}{first + expert}.{projection}.weight", view

@@ -1,29 +1,44 @@
 """Operators: a functional interface with plain Paddle definitions.
 
-Model code calls these functions and never asks which device it is on. Each definition here is the reference that a
-fused operator has to agree with.
+Model code calls these functions and never asks which device it is on. Each has a definition in plain Paddle, with which
+the fused operator that runs in its place, where there is one, has to agree.
 """
 
-from ernie45.ops.reference import (
-    attention,
-    compute_dtype,
-    linear,
-    linear_transposed,
-    moe_gate,
-    rms_norm,
-    rope,
-    rope_angles,
-    swiglu,
+from ernie45.ops.attention import decode_attention
+from ernie45.ops.decoder import decoder
+from ernie45.ops.elementwise import rms_norm, rope, rope_angles, swiglu
+from ernie45.ops.fp8 import (
+    fp8_dequantize,
+    fp8_quantize,
+    fp8_quantize_both,
+    fp8_quantize_transposed,
+    swiglu_fp8_quantize,
 )
+from ernie45.ops.linear import embedding, linear, linear_transposed, unstack
+from ernie45.ops.moe import moe_combine, moe_gate, moe_permute
+from ernie45.ops.packed import PackedWeight
+from ernie45.ops.reference import attention, compute_dtype
 
 __all__ = [
+    "PackedWeight",
     "attention",
     "compute_dtype",
+    "decode_attention",
+    "decoder",
+    "embedding",
+    "fp8_dequantize",
+    "fp8_quantize",
+    "fp8_quantize_both",
+    "fp8_quantize_transposed",
     "linear",
     "linear_transposed",
+    "moe_combine",
     "moe_gate",
+    "moe_permute",
     "rms_norm",
     "rope",
     "rope_angles",
     "swiglu",
+    "swiglu_fp8_quantize",
+    "unstack",
 ]

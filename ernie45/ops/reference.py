@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
+
+from ernie45.errors import ErnieError
 
 # Elements of one block of attention scores: 2**24 float32 values are 64 MB.
 SCORE_BLOCK = 2**24
@@ -32,40 +35,67 @@ def linear_transposed(x: Tensor, weight: Tensor) -> Tensor:
     return paddle.matmul(x, weight.astype(x.dtype), transpose_y=True)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm over the last axis; statistics in float32, rounded to the dtype of x before the weight [H] is applied."""
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """See `ernie45.ops.embedding`."""
+    return F.embedding(ids, weight).astype(compute_dtype(weight.dtype))
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `ernie45.ops.rms_norm`."""
     wide = x.astype("float32")
+    if residual is not None:
+        wide = wide + residual.astype("float32")
     scale = paddle.rsqrt(paddle.mean(wide * wide, axis=-1, keepdim=True) + epsilon)
-    return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
+    out = (wide * scale * weight.astype("float32")).astype(x.dtype)
+    return out if residual is None else (out, wide.astype(x.dtype))
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """SwiGLU of the fused projection [..., 2 * F]: silu(first half: gate) * second half (up) -> [..., F]."""
-    return F.swiglu(x)
+def swiglu(x: Tensor, prob: Tensor | None = None) -> Tensor:
+    """See `ernie45.ops.swiglu`."""
+    out = F.swiglu(x.astype("float32"))
+    if prob is not None:
+        out = out * prob.astype("float32").unsqueeze(-1)
+    return out.astype(x.dtype)
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every rotary pair, in float32.
-
-    Pair j turns by position * theta ** (-2 j / head_dim) (RoFormer, arXiv 2104.09864).
-
-    Args:
-        positions: [batch, sequence], any number type.
-
-    Returns:
-        cos, sin: [batch, sequence, 1, head_dim / 2], broadcastable over heads.
-    """
+@functools.lru_cache(maxsize=16)
+def rope_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Radians per position of every rotary pair: theta ** (-2 j / head_dim), float32 [head_dim / 2]."""
     exponents = paddle.arange(0, head_dim, 2, dtype="float32") / head_dim
-    angles = positions.astype("float32").unsqueeze(-1) * theta ** (-exponents)
+    return theta ** (-exponents)
+
+
+def positions_of_pairs(positions: Tensor, pairs: int, time_pairs: int) -> Tensor:
+    """The position that each rotary pair turns by: float32 [batch, sequence, pairs], or one for all of them.
+
+    Raises:
+        ErnieError: positions of another shape, or more pairs for the time than there are.
+    """
+    if positions.ndim not in (2, 3) or (positions.ndim == 3 and positions.shape[-1] != 3):
+        raise ErnieError(
+            f"rope_angles: positions have shape {list(positions.shape)}, expected [batch, sequence] or "
+            "[batch, sequence, 3] as (time, row, column)"
+        )
+    if not 0 <= time_pairs <= pairs:
+        raise ErnieError(f"rope_angles: time_pairs is {time_pairs}, expected 0 to head_dim / 2 = {pairs}")
+    wide = positions.astype("float32")
+    if positions.ndim == 2:
+        return wide.unsqueeze(-1)
+    axes = [0 if pair >= pairs - time_pairs else 1 + pair % 2 for pair in range(pairs)]
+    return paddle.index_select(wide, paddle.to_tensor(axes, dtype="int64"), axis=-1)
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float, time_pairs: int = 0) -> tuple[Tensor, Tensor]:
+    """See `ernie45.ops.rope_angles`."""
+    angles = positions_of_pairs(positions, head_dim // 2, time_pairs) * rope_frequencies(head_dim, theta)
     return paddle.cos(angles).unsqueeze(2), paddle.sin(angles).unsqueeze(2)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates adjacent pairs (2j, 2j + 1) of x [batch, sequence, heads, head_dim] in float32.
-
-    ERNIE's decoder rotates neighbours over the whole head, not the two halves against each other.
-    """
-    even, odd = paddle.unbind(x.astype("float32").reshape([*x.shape[:-1], -1, 2]), axis=-1)
+    """See `ernie45.ops.rope`."""
+    even, odd = paddle.unbind(x.astype("float32").reshape([*x.shape[:-1], x.shape[-1] // 2, 2]), axis=-1)
     rotated = paddle.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 
@@ -111,21 +141,53 @@ def attention(
 def moe_gate(
     logits: Tensor, bias: Tensor | None, k: int, activation: str, normalise: bool, minimum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses k experts per token. The bias only selects; the weights come from the unbiased probabilities.
-
-    Args:
-        logits: [tokens, experts] float32.
-        bias: correction bias [experts] float32, or None.
-        activation: "softmax" over all experts or "sigmoid".
-        normalise: divide the chosen weights by their sum, clipped from below at `minimum`.
-
-    Returns:
-        probabilities [tokens, experts], indices [tokens, k] int64, weights [tokens, k], all float32 but the indices.
-    """
-    probabilities = F.softmax(logits, axis=-1) if activation == "softmax" else F.sigmoid(logits)
-    scores = probabilities.detach() if bias is None else probabilities.detach() + bias
-    indices = paddle.topk(scores, k, axis=-1)[1]
+    """See `ernie45.ops.moe_gate`."""
+    probabilities = softmax(logits) if activation == "softmax" else F.sigmoid(logits)
+    scores = probabilities.detach() if bias is None else probabilities.detach() + bias.detach()
+    # Not paddle.topk: it leaves the order of equal scores open.
+    indices = paddle.argsort(scores, axis=-1, descending=True, stable=True)[:, :k]
     weights = paddle.take_along_axis(probabilities, indices, axis=-1)
     if normalise:
         weights = weights / paddle.clip(weights.sum(axis=-1, keepdim=True), min=minimum)
     return probabilities, indices, weights
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last axis. Unlike Paddle's on a CPU, NaN makes the row NaN at any width."""
+    powers = paddle.exp(logits - logits.detach().max(axis=-1, keepdim=True))
+    return powers / powers.sum(axis=-1, keepdim=True)
+
+
+def moe_permute(x: Tensor, indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ernie45.ops.moe_permute`."""
+    flat = indices.flatten()
+    order = paddle.argsort(flat, stable=True)
+    counts = paddle.bincount(flat, minlength=num_experts)
+    offsets = paddle.concat([paddle.zeros([1], "int64"), paddle.cumsum(counts)])
+    return paddle.gather(x, order // indices.shape[1]), counts, offsets, paddle.argsort(order).reshape(indices.shape)
+
+
+def moe_combine(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See `ernie45.ops.moe_combine`."""
+    chosen = paddle.gather(rows, slots.flatten()).reshape([*slots.shape, rows.shape[1]])
+    return (chosen.astype("float32") * weights.astype("float32").unsqueeze(-1)).sum(axis=1).astype(rows.dtype)
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, first: Tensor
+) -> Tensor:
+    """See `ernie45.ops.decode_attention`."""
+    new, columns = query.shape[1], paddle.arange(keys.shape[1]).reshape([1, 1, 1, -1])
+    newest = lengths.reshape([-1, 1, 1, 1]) - new + paddle.arange(new).reshape([1, 1, -1, 1])
+    seen = paddle.logical_and(columns <= newest, columns >= first.reshape([-1, 1, 1, 1]))
+
+    def visible(start: int, stop: int, _: int) -> Tensor:
+        return seen[:, :, start:stop]
+
+    # What lies outside a row's keys is not defined and may be NaN, which a weight of zero would not remove.
+    held = paddle.logical_and(columns < lengths.reshape([-1, 1, 1, 1]), columns >= first.reshape([-1, 1, 1, 1]))
+    held = held.transpose([0, 3, 1, 2])
+    keys = paddle.where(held, keys.astype(query.dtype), paddle.zeros([1], query.dtype))
+    values = paddle.where(held, values.astype(query.dtype), paddle.zeros([1], query.dtype))
+    mixed = attention(query, keys, values, scale, visible)
+    return paddle.where(seen.any(axis=-1).transpose([0, 2, 1]).unsqueeze(-1), mixed, paddle.zeros_like(mixed))

@@ -16,11 +16,14 @@ from ernie45.checkpoint.names import (
     TensorSpec,
     checkpoint_tensors,
     detect_layout,
+    quantised_kind,
+    quantised_tensors,
     settle_config,
     weight_bytes,
 )
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError
+from ernie45.quantization.config import QuantizationConfig
 from tests.helpers.tiny import DENSE, MOE, tiny_config
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -112,6 +115,57 @@ def test_weight_bytes_counts_float32_tensors_as_such() -> None:
     assert weight_bytes(specs, "float32") == 4 * sum(s.size for s in specs)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "codes", "scales"),
+    [
+        ("ernie.layers.0.mlp.down_proj.weight", "wint8", (40, 24), (24,)),
+        ("ernie.layers.0.mlp.down_proj.weight", "wint4", (20, 24), (1, 24)),
+        ("ernie.embed_tokens.weight", "wint8", (61, 24), (61,)),
+        ("ernie.embed_tokens.weight", "wint4", (61, 12), (61, 1)),
+        ("lm_head.weight", "wint8", (24, 61), (61,)),
+    ],
+)
+def test_quantised_spelling(name: str, kind: str, codes: tuple[int, ...], scales: tuple[int, ...]) -> None:
+    stem = name.removesuffix(".weight")
+    found = quantised_tensors(find(specs_of(MOE), name), kind)
+    assert [tensor.name for tensor in found] == [f"{stem}.quant_weight", f"{stem}.weight_scale"]
+    assert [tensor.shape for tensor in found] == [codes, scales]
+    assert [tensor.dtype for tensor in found] == ["I8", "F32" if kind == "wint8" else "BF16"]
+
+
+def test_what_is_quantised() -> None:
+    quantization = QuantizationConfig("wint8", "wint4", "bfloat16")
+    kinds = {spec.name: quantised_kind(spec, quantization) for spec in specs_of(MTP)}
+    assert kinds["ernie.layers.1.self_attn.qkv_proj.weight"] == "wint8"
+    assert kinds["ernie.layers.1.mlp.shared_experts.down_proj.weight"] == "wint8"
+    assert kinds["ernie.layers.1.mlp.experts.5.up_gate_proj.weight"] == "wint4"
+    assert kinds["ernie.mtp_linear_proj.1.weight"] == kinds["ernie.mtp_block.0.mlp.down_proj.weight"] == "wint8"
+    for name in (
+        "ernie.embed_tokens.weight",
+        "lm_head.weight",
+        "ernie.norm.weight",
+        "ernie.mtp_emb_norm.0.weight",
+        "ernie.layers.1.input_layernorm.weight",
+        "ernie.layers.1.mlp.gate.weight",
+        "ernie.layers.1.mlp.moe_statics.e_score_correction_bias",
+    ):
+        assert kinds[name] is None, name
+
+
+def test_the_vision_tower_is_not_quantised_and_vision_experts_are() -> None:
+    config = ErnieConfig.from_pretrained(CONFIGS / "ernie-4.5-vl-28b-a3b.json")
+    groups = {
+        spec.group for spec in checkpoint_tensors(config) if quantised_kind(spec, QuantizationConfig.uniform("wint4"))
+    }
+    assert "vision experts" in groups and not groups & {"vision tower", "adapter", "norms", "router"}
+
+
+@pytest.mark.parametrize(("kind", "gigabytes"), [("wint8", 22.0), ("wint4", 11.8)])
+def test_the_21b_model_in_8_and_4_bits(kind: str, gigabytes: float) -> None:
+    specs = checkpoint_tensors(ErnieConfig.from_pretrained(CONFIGS / "ernie-4.5-21b-a3b.json"))
+    assert weight_bytes(specs, "bfloat16", QuantizationConfig.uniform(kind)) / 1e9 == pytest.approx(gigabytes, abs=0.1)
+
+
 @pytest.mark.parametrize("keys", [DENSE, MOE, MTP])
 @pytest.mark.parametrize("layout", [PADDLE, PT])
 def test_layout_is_told_from_names(keys: dict[str, Any], layout: str) -> None:
@@ -125,7 +179,7 @@ def test_layout_is_told_from_names(keys: dict[str, Any], layout: str) -> None:
     [
         (["model.layers.0.self_attn.qkv_proj.weight", "model.norm.weight"], "PaddleFormers' in-memory layout"),
         (["transformer.h.0.attn.weight"], "not an ERNIE 4.5 checkpoint: expected names such as 'ernie.norm.weight'"),
-        (["x.quant_weight"], "quantised checkpoints are not supported"),
+        (["x.quant_weight"], "quantised checkpoints are read with -Paddle names"),
         ([], "not an ERNIE 4.5 checkpoint"),
     ],
 )

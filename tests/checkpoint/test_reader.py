@@ -14,9 +14,12 @@ import paddle
 import pytest
 
 from ernie45.checkpoint import reader
+from ernie45.checkpoint.names import checkpoint_tensors
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError, ConfigError, ErnieError
 from ernie45.models.causal_lm import ErnieForCausalLM
+from ernie45.ops import custom
+from ernie45.quantization.config import QuantizationConfig
 from tests.helpers.tiny import (
     DENSE,
     MOE,
@@ -82,9 +85,18 @@ def test_dtypes(stored: str, wanted: str, layout: str, tmp_path: Path) -> None:
         assert difference(found.state_dict()[name], tensor.astype(dtype)) == 0, name
 
 
-def test_the_default_dtype_on_a_cpu_is_float32(tmp_path: Path) -> None:
+def test_the_default_dtype_is_the_checkpoints_own(tmp_path: Path) -> None:
+    for dtype in ("bfloat16", "float32"):
+        save(tmp_path, dtype=dtype)
+        assert config_of(tmp_path)["dtype"] == dtype
+        assert load(tmp_path).dtype == dtype
+
+
+def test_the_default_dtype_on_a_cpu_is_float32_without_fused_operators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom, "library", lambda: None)
     save(tmp_path, dtype="bfloat16")
-    assert config_of(tmp_path)["dtype"] == "bfloat16"
     assert load(tmp_path).dtype == "float32"
 
 
@@ -288,6 +300,16 @@ def test_the_check_knows_the_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     load(tmp_path, dtype="float32")
 
 
+def test_the_check_knows_about_quantisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs, quantization = checkpoint_tensors(tiny_config()), QuantizationConfig.uniform("wint8")
+    elements = sum(spec.size for spec in specs)
+    monkeypatch.setattr(reader, "available_bytes", lambda: reader.HEADROOM_BYTES + 2 * elements)
+    assert reader.memory_problem(specs, "bfloat16", quantization) is None
+    monkeypatch.setattr(reader, "available_bytes", lambda: reader.HEADROOM_BYTES + elements)
+    problem = reader.memory_problem(specs, "bfloat16", quantization)
+    assert problem is not None and "not enough memory: quantised weights" in problem
+
+
 LARGE = {
     **MOE,
     "vocab_size": 20_000,
@@ -301,13 +323,15 @@ MEASURE = """
 import re, sys
 import paddle
 from ernie45.models.causal_lm import ErnieForCausalLM
+from ernie45.models.packing import packed_weights
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 before = peak()
 model = ErnieForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2], progress=False)
-print(peak() - before, sum(p.numel().item() * p.element_size() for p in model.parameters()))
+packed = sum(weight.nbytes for _, weight in packed_weights(model))
+print(peak() - before, packed + sum(p.numel().item() * p.element_size() for p in model.parameters()))
 """
 
 

@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,21 @@ def test_one_tensor_alive_at_a_time(tmp_path: Path) -> None:
 
     write(tmp_path, [TensorPlan(f"t{number}", "F32", (4,), produce) for number in range(6)], max_shard_bytes=40)
     assert len(produced) == 6 and most == 1
+
+
+def test_tensors_are_produced_in_the_order_of_their_plans_and_lie_wide_ones_first(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def produce(name: str, dtype: str) -> np.ndarray:
+        order.append(name)
+        return np.full(3, len(order), DTYPES[dtype].storage)
+
+    dtypes = {"a": "I8", "b": "F32", "c": "I8", "d": "BF16", "e": "F32"}
+    write(tmp_path, [TensorPlan(name, dtype, (3,), partial(produce, name, dtype)) for name, dtype in dtypes.items()])
+    assert order == list("abcde")
+    with CheckpointFolder(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == list("bedac")
+        assert [int(checkpoint.read(name)[0]) for name in "abcde"] == [1, 2, 3, 4, 5]
 
 
 def test_produced_transposed_arrays_are_written_in_order(tmp_path: Path) -> None:

@@ -298,11 +298,12 @@ def test_mtp_is_the_published_formula(with_mtp: ErnieForCausalLM) -> None:
     """Depth 0 written out: norm(embedding of the next token) | norm(hidden state), projected, one layer, norm, head."""
     ids, decoder = token_ids(1, 8), with_mtp.ernie
     with paddle.no_grad():
-        hidden, positions, mask = decoder.run_layers(ids[:, :6])
+        place = decoder.place(ids[:, :6])
+        hidden = decoder.run_layers(ids[:, :6], place)
         embedding = decoder.embed_tokens.weight[ids[0, 1:7]].unsqueeze(0)
         joined = paddle.concat([decoder.mtp_emb_norm[0](embedding), decoder.mtp_hidden_norm[0](hidden)], axis=-1)
         projected = paddle.matmul(joined, decoder.mtp_linear_proj[0].weight)
-        output = decoder.mtp_block[0](projected, decoder.rotary(positions), mask)
+        output = decoder.mtp_block[0](projected, decoder.rotary(place.positions), place.mask)
         expected = paddle.matmul(decoder.norm(output), with_mtp.head.weight)
         assert difference(with_mtp.next_n_logits(ids)[1], expected) < 1e-5
 

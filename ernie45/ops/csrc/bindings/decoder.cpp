@@ -1,0 +1,161 @@
+// The decoder as one operator, for inference.
+#include "../cpu/decoder.h"
+
+#include "packed.h"
+#include "tensors.h"
+
+namespace ernie::decoder_op {
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+
+constexpr const char* kName = "decoder";
+
+// Hands out tensors in the order in which ernie45/ops/decoder.py lists them.
+class Reader {
+ public:
+  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& shapes) : tensors_(tensors), shapes_(shapes) {}
+
+  const float* vector(const char* argument, const Shape& shape) {
+    return checked_float32(kName, argument, next(), shape).data<float>();
+  }
+
+  // An absent matrix has count 0 and no tensors.
+  PackedMatrix matrix(int64_t* count) {
+    PD_CHECK(shape_ + 4 <= shapes_.size(), kName, ": the list of shapes is too short");
+    const PackedShape shape{shapes_[shape_], shapes_[shape_ + 1], shapes_[shape_ + 2], shapes_[shape_ + 3]};
+    shape_ += 4;
+    *count = shape.count;
+    if (!shape.count) return PackedMatrix{};
+    const Tensor& data = next();
+    const Tensor* scales = shape.kind == static_cast<int64_t>(Kind::kInt8) ? &next() : nullptr;
+    return packed_matrix(kName, data, scales, shape);
+  }
+
+  FeedForward feed_forward() {
+    FeedForward network;
+    int64_t count;
+    network.up_gate = matrix(&network.experts);
+    network.down = matrix(&count);
+    PD_CHECK(count == network.experts, kName, ": ", network.experts, " first but ", count, " second projections");
+    return network;
+  }
+
+  bool done() const { return position_ == tensors_.size() && shape_ == shapes_.size(); }
+
+ private:
+  const Tensor& next() {
+    PD_CHECK(position_ < tensors_.size(), kName, ": the list of weights is too short");
+    return tensors_[position_++];
+  }
+
+  const std::vector<Tensor>& tensors_;
+  const std::vector<int64_t>& shapes_;
+  size_t position_ = 0, shape_ = 0;
+};
+
+uint16_t* cache_of(const Tensor& tensor, int64_t batch, int64_t capacity, const DecoderConfig& config) {
+  const Shape shape = {batch, capacity, config.kv_heads, config.head_dim};
+  PD_CHECK(tensor.is_contiguous(), kName, ": the cache is not contiguous");
+  checked(kName, "caches", tensor, DataType::BFLOAT16, shape);
+  return static_cast<uint16_t*>(const_cast<void*>(tensor.data()));  // written in place
+}
+
+DecoderConfig read_config(const std::vector<int64_t>& sizes, const std::vector<float>& numbers) {
+  PD_CHECK(sizes.size() == 7 && numbers.size() == 3, kName, ": expected 7 sizes and 3 numbers");
+  DecoderConfig config{};
+  config.hidden = sizes[0];
+  config.heads = sizes[1];
+  config.kv_heads = sizes[2];
+  config.head_dim = sizes[3];
+  config.moe_k = sizes[4];
+  config.moe_softmax = sizes[5] != 0;
+  config.moe_normalise = sizes[6] != 0;
+  config.epsilon = numbers[0];
+  config.attention_scale = numbers[1];
+  config.moe_minimum = numbers[2];
+  PD_CHECK(config.kv_heads > 0 && config.heads % config.kv_heads == 0 && config.head_dim % 2 == 0 &&
+               config.head_dim <= 512,
+           kName, ": ", config.heads, " heads, ", config.kv_heads, " kv heads of ", config.head_dim,
+           " are not supported");
+  return config;
+}
+
+DecoderLayer read_layer(Reader& reader, const DecoderConfig& config) {
+  DecoderLayer layer{};
+  int64_t count;
+  layer.input_norm = reader.vector("input norm", {config.hidden});
+  layer.post_norm = reader.vector("post norm", {config.hidden});
+  layer.qkv = reader.matrix(&count);
+  layer.out = reader.matrix(&count);
+  layer.dense = reader.feed_forward();
+  layer.routed = reader.feed_forward();
+  PD_CHECK(layer.dense.experts || layer.routed.experts, kName, ": a layer has no feed-forward network");
+  if (layer.routed.experts) {
+    PD_CHECK(config.moe_k <= layer.routed.experts, kName, ": moe_k exceeds the experts");
+    layer.router = reader.vector("router", {config.hidden, layer.routed.experts});
+    layer.router_bias = reader.vector("correction bias", {layer.routed.experts});
+  }
+  return layer;
+}
+
+std::vector<Tensor> decoder(const Tensor& ids, const Tensor& positions, const Tensor& first,
+                            const std::vector<Tensor>& weights, const std::vector<Tensor>& caches, int64_t cached,
+                            const std::vector<int64_t>& sizes, const std::vector<float>& numbers,
+                            const std::vector<int64_t>& shapes) {
+  const DecoderConfig config = read_config(sizes, numbers);
+  const Tensor tokens = checked(kName, "ids", ids, DataType::INT64, {kAny, kAny});
+  const int64_t batch = tokens.shape()[0], count = tokens.shape()[1];
+  const Tensor places = checked(kName, "positions", positions, DataType::INT64, {batch, count});
+  const Tensor from = checked(kName, "first", first, DataType::INT64, {batch});
+  PD_CHECK(caches.size() % 2 == 0 && !caches.empty(), kName, ": expected keys and values of every layer");
+
+  Reader reader(weights, shapes);
+  DecoderWeights read;
+  int64_t matrices;
+  read.embedding = reader.matrix(&matrices);
+  read.frequencies = reader.vector("frequencies", {config.head_dim / 2});
+  read.final_norm = reader.vector("final norm", {config.hidden});
+  const int64_t capacity = caches[0].shape()[1];
+  PD_CHECK(cached >= 0 && cached + count <= capacity, kName, ": ", cached, " + ", count,
+           " tokens do not fit into a cache of ", capacity);
+  for (size_t i = 0; i < caches.size(); i += 2) {
+    read.layers.push_back(read_layer(reader, config));
+    read.layers.back().keys = cache_of(caches[i], batch, capacity, config);
+    read.layers.back().values = cache_of(caches[i + 1], batch, capacity, config);
+  }
+  PD_CHECK(reader.done(), kName, ": more weights than ", read.layers.size(), " layers need");
+  for (int64_t i = 0; i < batch * count; ++i)
+    PD_CHECK(0 <= tokens.data<int64_t>()[i] && tokens.data<int64_t>()[i] < read.embedding.out, kName, ": id ",
+             tokens.data<int64_t>()[i], " is outside the vocabulary of ", read.embedding.out);
+
+  Tensor out = empty_float32({batch, count, config.hidden});
+  run_decoder(config, read,
+              {tokens.data<int64_t>(), places.data<int64_t>(), from.data<int64_t>(), batch, count, cached, capacity,
+               out.data<float>()});
+  return {out};
+}
+
+std::vector<std::vector<int64_t>> decoder_shape(const Shape& ids, const Shape&, const Shape&, const std::vector<Shape>&,
+                                                const std::vector<Shape>&, int64_t, const std::vector<int64_t>& sizes,
+                                                const std::vector<float>&, const std::vector<int64_t>&) {
+  return {{ids[0], ids[1], sizes[0]}};
+}
+
+std::vector<DataType> decoder_dtype(DataType, DataType, DataType, const std::vector<DataType>&,
+                                    const std::vector<DataType>&) {
+  return {DataType::FLOAT32};
+}
+
+}  // namespace
+}  // namespace ernie::decoder_op
+
+PD_BUILD_OP(ernie45_decoder)
+    .Inputs({"ids", "positions", "first", paddle::Vec("weights"), paddle::Vec("caches")})
+    .Outputs({"out"})
+    .Attrs({"cached: int64_t", "sizes: std::vector<int64_t>", "numbers: std::vector<float>",
+            "shapes: std::vector<int64_t>"})
+    .SetKernelFn(PD_KERNEL(ernie::decoder_op::decoder))
+    .SetInferShapeFn(PD_INFER_SHAPE(ernie::decoder_op::decoder_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(ernie::decoder_op::decoder_dtype));

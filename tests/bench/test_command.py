@@ -1,0 +1,93 @@
+"""The command, on the embedded model, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ernie45 import cli
+from ernie45.bench.contenders import Setting, own_contenders, peer_contenders
+from ernie45.errors import ErnieError
+
+QUICK = ["--rounds", "1", "--prompts", "16", "--context", "4", "--batch", "1", "--new", "2", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_a_run_prints_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["bench", *QUICK, "--variant", "float32", "--output", str(tmp_path / "docs")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    written = (tmp_path / "docs" / "cpu.md").read_text(encoding="utf-8")
+    assert written.startswith(printed)
+    assert "ernie45-tiny, 1 thread of " in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| ernie45 float32 |"))
+    share_of_prefill, share_of_decode = (float(row.split(" | ")[column]) for column in (2, 5))
+    assert 0 < share_of_prefill < 1.5 and 0 < share_of_decode < 1.5
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["cpu.md", "cpu.png"]
+
+
+def setting(tmp_path: Path, **pythons: str) -> Setting:
+    return Setting(tmp_path / "model", ("float32", "bfloat16", "wint4"), 2, tmp_path, pythons)
+
+
+def test_the_variants_of_this_library(tmp_path: Path) -> None:
+    found = list(own_contenders(setting(tmp_path)))
+    assert [(one.name, one.storage, one.extended) for one in found] == [
+        ("ernie45 float32", "float32", False),
+        ("ernie45 bfloat16", "bfloat16", True),
+        ("ernie45 wint4", "wint4", False),
+    ]
+    assert found[2].options["options"] == {"dtype": "bfloat16", "quantization": "wint4"}
+
+
+def test_a_peer_that_is_not_installed_says_how_to_name_its_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ErnieError, match=r"has no module paddleformers; .* --peer-python paddleformers=PATH"):
+        peer_contenders("paddleformers", setting(tmp_path))
+
+
+def test_a_peer_in_another_interpreter(tmp_path: Path) -> None:
+    with pytest.raises(ErnieError, match="--peer-python: cannot run /nowhere/python"):
+        peer_contenders("transformers", setting(tmp_path, transformers="/nowhere/python"))
+
+
+def test_peers_use_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (tmp_path / "pt").mkdir()
+    for name in ("pt/config.json", "BF16.gguf", "Q4_0.gguf"):
+        (tmp_path / name).touch()
+    found = peer_contenders("llama.cpp", setting(tmp_path)) + peer_contenders("transformers", setting(tmp_path))
+    assert [(one.name, one.storage) for one in found] == [
+        ("llama.cpp BF16", "bfloat16"),
+        ("llama.cpp BF16", "bfloat16"),
+        ("llama.cpp Q4_0", "Q4_0"),
+        ("llama.cpp Q4_0", "Q4_0"),
+        ("transformers bfloat16", "bfloat16"),
+        ("transformers float32", "float32"),
+    ]
+    assert [one.options.get("flash") for one in found[:4]] == [True, False, True, False]
+    assert {one.python for one in found} == {sys.executable}
+
+
+def test_a_work_folder_belongs_to_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "made-from.txt").write_text("/another/model")
+    assert cli.main(["bench", *QUICK, "--work", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds weights of /another/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peer-python", "python3"], "--peer-python: expected PEER=PATH"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_bad_options_are_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert cli.main(["bench", *QUICK, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
