@@ -248,7 +248,9 @@ def _load(options: argparse.Namespace) -> tuple[ErnieForCausalLM, ErnieTokenizer
     from ernie45 import ErnieForCausalLM, ErnieTokenizer
 
     tokenizer = ErnieTokenizer.from_pretrained(options.model, revision=options.revision)
-    model = ErnieForCausalLM.from_pretrained(options.model, dtype=options.dtype, revision=options.revision)
+    model = ErnieForCausalLM.from_pretrained(
+        options.model, dtype=options.dtype, quantization=options.quantization, revision=options.revision
+    )
     return model, tokenizer
 
 
@@ -266,6 +268,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"folder or hub name ({DEFAULT_MODEL})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights in memory")
+    parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
 
 
@@ -283,7 +286,6 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
     parser.add_argument("--device", default="cpu", help="where the verified model runs: cpu, gpu:0")
     parser.add_argument(
         "--reference",

@@ -2,6 +2,7 @@
 
     python tools/tiny_accuracy.py build/tiny
     python tools/tiny_accuracy.py ernie45-tiny --questions 1000 --json accuracy.json
+    python tools/tiny_accuracy.py ernie45-tiny --variant float32 --variant wint8 --variant wint4    # side by side
 
 Every question is the only user message of a conversation in the model's chat template, and greedy decoding answers
 it. A reply counts if the answer is all that it says after its steps. The questions are the same for every model.
@@ -21,6 +22,7 @@ import paddle
 from tqdm import tqdm
 
 from ernie45 import ErnieForCausalLM, ErnieTokenizer
+from ernie45.bench.contenders import VARIANTS
 from ernie45.checkpoint.writer import write_json_atomic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -87,6 +89,16 @@ def markdown(accuracy: dict[str, tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(accuracies: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """The table of several variants: one column each."""
+    lines = [f"| task | questions | {' | '.join(accuracies)} |", "| --- " * (2 + len(accuracies)) + "|"]
+    first = next(iter(accuracies.values()))
+    for task, (_, count) in first.items():
+        shares = " | ".join(f"{accuracy[task][0] / count:.3f}" for accuracy in accuracies.values())
+        lines.append(f"| {task} | {count} | {shares} |")
+    return "\n".join(lines)
+
+
 def write_json(path: Path, accuracy: dict[str, tuple[int, int]]) -> None:
     """Writes the numbers; a JSON object that is there already (such as a training.json) gets them as "accuracy"."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -101,13 +113,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Accuracy of the small model per task, on held-out questions.")
     parser.add_argument("model", nargs="?", default="ernie45-tiny", help="checkpoint folder or name (ernie45-tiny)")
     parser.add_argument("--questions", type=int, default=500, help="at most this many per task (500)")
+    parser.add_argument(
+        "--variant", action="append", choices=VARIANTS, help="how the weights are held (repeatable; float32)"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here, or add them to this training.json")
     arguments = parser.parse_args()
-    table = measure_accuracy(
-        ErnieForCausalLM.from_pretrained(arguments.model),
-        ErnieTokenizer.from_pretrained(arguments.model),
-        arguments.questions,
-    )
-    print(markdown(table))
+    tables = {
+        variant: measure_accuracy(
+            ErnieForCausalLM.from_pretrained(arguments.model, **VARIANTS[variant]),
+            ErnieTokenizer.from_pretrained(arguments.model),
+            arguments.questions,
+        )
+        for variant in arguments.variant or ["float32"]
+    }
+    print(markdown(*tables.values()) if len(tables) == 1 else side_by_side(tables))
     if arguments.json:
-        write_json(arguments.json, table)
+        write_json(arguments.json, next(iter(tables.values())))

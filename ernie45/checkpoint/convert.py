@@ -72,9 +72,7 @@ def save_model(
     _check_choice(layout, dtype)
     quantization = model.config.quantization_config if dtype is None else None
     if quantization is not None and layout != PADDLE:
-        raise CheckpointError(
-            'quantised weights have published names in the "paddle" layout only; give a dtype= for "pt"'
-        )
+        raise CheckpointError('quantised weights have names in the "paddle" layout only; give a dtype= for "pt"')
     dtype = dtype or model.dtype
     weights = model.weights()
     plans = []

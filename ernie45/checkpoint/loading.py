@@ -6,7 +6,7 @@ scales; this module knows the ways from each to each, so that memory never holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from paddle import Tensor
@@ -47,54 +47,68 @@ def load(
         total=total, unit="B", unit_scale=True, desc=f"Loading {folder.path.name}", delay=1, disable=not progress
     ) as bar:
         for source in sources:
-            quantised = _quantised(folder, source, quantization)
             weight = weights[source.spec.name]
-            if isinstance(weight, PackedWeight):
-                _fill_packed(folder, source, quantised, weight)
+            kind = _kind(source, quantization)
+            if kind is None:
+                assert isinstance(source, Source)
+                _fill(folder, source, weight)
             else:
-                _fill_parameter(folder, source, quantised, weight)
+                _fill_quantised(folder, source, kind, weight)
             for name in source.names:
                 folder.release(name)
                 bar.update(folder.tensors[name].byte_count)
 
 
-def _quantised(
-    folder: CheckpointFolder, source: Source | QuantisedSource, quantization: QuantizationConfig | None
-) -> Quantised | None:
+def _kind(source: Source | QuantisedSource, quantization: QuantizationConfig | None) -> str | None:
+    """How the weight is quantised in memory or in the file; None: it is not."""
     if isinstance(source, QuantisedSource):
-        return read_quantised(folder, source)
-    kind = None if quantization is None else quantised_kind(source.spec, quantization)
-    if kind is None:
-        return None
+        return source.kind
+    return None if quantization is None else quantised_kind(source.spec, quantization)
+
+
+def _fill(folder: CheckpointFolder, source: Source, weight: Tensor | PackedWeight) -> None:
+    if not isinstance(weight, PackedWeight):
+        with ParameterStorage(weight) as storage:
+            for part in source.parts:
+                copy_part(folder, part, storage.array, storage.dtype)
+        return
     values, dtype = _values(folder, source)
+    for first, rows in _pieces(folder, source, values):
+        weight.write(convert(rows, dtype, "BF16"), first)
+
+
+def _fill_quantised(
+    folder: CheckpointFolder, source: Source | QuantisedSource, kind: str, weight: Tensor | PackedWeight
+) -> None:
+    pieces = _read_pieces(folder, source) if isinstance(source, QuantisedSource) else _quantise(folder, source, kind)
+    if not isinstance(weight, PackedWeight):
+        with ParameterStorage(weight) as storage:
+            for first, piece in pieces:
+                values = dequantize(piece)
+                storage.array[first : first + len(values)] = convert(values, "F32", storage.dtype)
+        return
+    scales = []
+    for first, piece in pieces:
+        for row, rows in _pieces(folder, source, piece.codes):
+            weight.write(rows, first + row)
+        scales.append(piece.scales)
+    weight.write_scales(np.concatenate(scales))
+
+
+def _read_pieces(folder: CheckpointFolder, source: QuantisedSource) -> Iterator[tuple[int, Quantised]]:
+    yield 0, read_quantised(folder, source)
+
+
+def _quantise(folder: CheckpointFolder, source: Source, kind: str) -> Iterator[tuple[int, Quantised]]:
+    """The quantised weight with the row of the tensor at which it begins: whole, or in pieces where rows are outputs,
+    which have their own scales. (Only the embedding is both so large and like that.)"""
+    values, dtype = _values(folder, source)
+    outputs_first = source.spec.outputs_first
     try:
-        return quantize(values, dtype, kind, outputs_first=source.spec.outputs_first)
+        for first, rows in _pieces(folder, source, values) if outputs_first else [(0, values)]:
+            yield first, quantize(rows, dtype, kind, outputs_first=outputs_first)
     except ErnieError as error:
         raise CheckpointError(f"{folder.path}: {source.spec.name}: {error}") from error
-
-
-def _fill_packed(
-    folder: CheckpointFolder, source: Source | QuantisedSource, quantised: Quantised | None, weight: PackedWeight
-) -> None:
-    if quantised is not None:
-        _write_rows(weight, quantised.codes, lambda rows: rows)
-        weight.write_scales(quantised.scales)
-        return
-    assert isinstance(source, Source)
-    values, dtype = _values(folder, source)
-    _write_rows(weight, values, lambda rows: convert(rows, dtype, "BF16"))
-
-
-def _fill_parameter(
-    folder: CheckpointFolder, source: Source | QuantisedSource, quantised: Quantised | None, parameter: Tensor
-) -> None:
-    with ParameterStorage(parameter) as storage:
-        if quantised is not None:
-            storage.array[...] = convert(dequantize(quantised), "F32", storage.dtype)
-            return
-        assert isinstance(source, Source)
-        for part in source.parts:
-            copy_part(folder, part, storage.array, storage.dtype)
 
 
 def _values(folder: CheckpointFolder, source: Source) -> tuple[np.ndarray, str]:
@@ -105,8 +119,15 @@ def _values(folder: CheckpointFolder, source: Source) -> tuple[np.ndarray, str]:
     return folder.read(part.name), folder.tensors[part.name].dtype
 
 
-def _write_rows(weight: PackedWeight, values: np.ndarray, prepare: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Packs a few MB of rows at a time; the number of rows is even, as pairs of inputs lie together."""
+def _pieces(
+    folder: CheckpointFolder, source: Source | QuantisedSource, values: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A few MB of rows at a time, and the first of them; the pages of the file are let go behind them.
+
+    The number of rows is a multiple of 64, because inputs lie together in pairs, fours and groups.
+    """
     step = 64 * max(1, CHUNK_BYTES // max(1, 64 * values[:1].nbytes))
     for first in range(0, len(values), step):
-        weight.write(prepare(values[first : first + step]), first)
+        yield first, values[first : first + step]
+        for name in source.names:
+            folder.release(name)

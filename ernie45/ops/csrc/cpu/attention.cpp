@@ -12,6 +12,7 @@ namespace ernie::ERNIE_ISA {
 namespace {
 
 constexpr int64_t kKeys = kPanel;  // keys per block
+constexpr int64_t kFewRows = 12;   // queries that leave time to fetch
 
 // One thread's buffers for the rows (tokens of a block times heads of a kv head) of one piece.
 struct Scratch {
@@ -200,7 +201,12 @@ void attend(const AttentionTask& task, const AttentionPlan& plan, int64_t piece,
     const int64_t key = begin + b * kKeys, count = end - key < kKeys ? end - key : kKeys;
     pack_keys(task.keys + base + key * stride, stride, count, dim, s.key_panel);
     pack_values(task.values + base + key * stride, stride, task.first[row] - key, count, dim, s.value_panels);
-    multiply_tile(s.query, dim, rows, s.key_panel, dim / 2, s.scores, kKeys);
+    // While a few queries are multiplied, the next block comes nearer; its rows lie too far apart for the hardware to
+    // guess. Many queries take longer than the memory does.
+    const bool fetch = rows <= kFewRows && key + 2 * kKeys <= end;
+    const uint16_t* next_keys = fetch ? task.keys + base + (key + kKeys) * stride : nullptr;
+    const uint16_t* next_values = fetch ? task.values + base + (key + kKeys) * stride : nullptr;
+    multiply_tile(s.query, dim, rows, s.key_panel, dim / 2, s.scores, kKeys, next_keys, stride * 2);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t visible = seen + token + r / group - key;
       const float factor = soften(s.scores + r * kKeys, task.first[row] - key, visible, s.largest + r, s.total + r,
@@ -208,7 +214,9 @@ void attend(const AttentionTask& task, const AttentionPlan& plan, int64_t piece,
       if (factor != 1) scale_row(s.sums + r * padded, padded, factor);
     }
     for (int64_t column = 0; column < dim; column += kPanel) {
-      multiply_tile(s.probabilities, kKeys, rows, s.value_panels + column * kKeys, kKeys / 2, s.product, kPanel);
+      const uint16_t* ahead = fetch ? next_values + column / kPanel * (kKeys / 2) * stride : nullptr;
+      multiply_tile(s.probabilities, kKeys, rows, s.value_panels + column * kKeys, kKeys / 2, s.product, kPanel, ahead,
+                    stride * 2);
       for (int64_t r = 0; r < rows; ++r) {
         float* sum = s.sums + r * padded + column;
         const float* more = s.product + r * kPanel;

@@ -69,13 +69,18 @@ void round_row(const float* x, int64_t count, int64_t padded, uint16_t* out) {
 
 template <int Rows>
 void bfloat16_tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t pairs, float* c,
-                   int64_t c_stride) {
+                   int64_t c_stride, const char* ahead, int64_t ahead_stride) {
   __m512 sum[Rows][4];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_ps();
   for (int64_t p = 0; p < pairs; ++p, panel += 2 * kPanel) {
+    if (ahead) {
+      const char* half = ahead + (p / 2) * ahead_stride + p % 2 * 128;
+      _mm_prefetch(half, _MM_HINT_T1);
+      _mm_prefetch(half + 64, _MM_HINT_T1);
+    }
     __m512bh w[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) w[v] = (__m512bh)_mm512_loadu_si512(panel + 32 * v);
@@ -245,7 +250,7 @@ void round_row(const float* x, int64_t count, int64_t padded, uint16_t* out) {
 
 template <int Rows>
 void bfloat16_tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t pairs, float* c,
-                   int64_t c_stride) {
+                   int64_t c_stride, const char*, int64_t) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
   for (int64_t column = 0; column < kPanel; column += 16) {
     __m256 sum[Rows][2];
@@ -406,18 +411,20 @@ void accumulate_rows(const float* x, int64_t x_stride, const float* weight, int6
 }
 
 void multiply_tile(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panel, int64_t pairs, float* c,
-                   int64_t c_stride) {
+                   int64_t c_stride, const void* ahead, int64_t ahead_stride) {
   for_each_tile<kBfloat16Rows>(rows, [&](int64_t first, int64_t count) {
     const uint16_t* a_rows = a + first * a_stride;
     float* c_rows = c + first * c_stride;
+    const char* next = static_cast<const char*>(ahead);
     switch (count) {
-      case 1: return bfloat16_tile<1>(a_rows, a_stride, panel, pairs, c_rows, c_stride);
-      case 2: return bfloat16_tile<2>(a_rows, a_stride, panel, pairs, c_rows, c_stride);
-      case 3: return bfloat16_tile<3>(a_rows, a_stride, panel, pairs, c_rows, c_stride);
-      case 4: return bfloat16_tile<4>(a_rows, a_stride, panel, pairs, c_rows, c_stride);
-      case 5: return bfloat16_tile<5>(a_rows, a_stride, panel, pairs, c_rows, c_stride);
-      default: return bfloat16_tile<kBfloat16Rows>(a_rows, a_stride, panel, pairs, c_rows, c_stride);
+      case 1: bfloat16_tile<1>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
+      case 2: bfloat16_tile<2>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
+      case 3: bfloat16_tile<3>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
+      case 4: bfloat16_tile<4>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
+      case 5: bfloat16_tile<5>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
+      default: bfloat16_tile<kBfloat16Rows>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride);
     }
+    if (ahead) ahead = static_cast<const char*>(ahead) + pairs / 2 * ahead_stride;
   });
 }
 
@@ -427,11 +434,18 @@ void multiply_panels(const PackedMatrix& weight, const void* buffer, int64_t row
   const IntegerRows integers =
       weight.kind == Kind::kBfloat16 ? IntegerRows{} : integer_rows(weight, rows, const_cast<void*>(buffer), nullptr);
   alignas(64) float edge[kBfloat16Rows * kPanel];
+  const int64_t all = last_row - first_row;
+  const bool two_tiles = kBfloat16Rows < all && all <= 2 * kBfloat16Rows;
   auto each = [&](int64_t panel, int64_t row, int64_t count, float* c, int64_t c_stride) {
     const uint8_t* data = weight.panel(panel);
     if (weight.kind == Kind::kBfloat16) {
+      // With two tiles of rows, each fetches half of the next panel, which hides the memory behind the arithmetic. One
+      // tile is a stream that the hardware follows, and more take longer than the memory does.
+      const bool fetch = two_tiles && panel + 1 < panels(weight.out);
+      const int64_t half = row == first_row ? 0 : padded / 2 * kPanel * 2;
       multiply_tile(static_cast<const uint16_t*>(buffer) + row * padded, padded, count,
-                    reinterpret_cast<const uint16_t*>(data), padded / 2, c, c_stride);
+                    reinterpret_cast<const uint16_t*>(data), padded / 2, c, c_stride,
+                    fetch ? weight.panel(panel + 1) + half : nullptr, 4 * kPanel);
     } else if (weight.kind == Kind::kInt8) {
       int8_rows(integers, row, count, data, weight.scales + panel * kPanel, c, c_stride);
     } else {
@@ -439,10 +453,9 @@ void multiply_panels(const PackedMatrix& weight, const void* buffer, int64_t row
     }
   };
   auto tiles = [&](auto&& tile) {
-    const int64_t count = last_row - first_row;
-    if (weight.kind == Kind::kBfloat16) return for_each_tile<kBfloat16Rows>(count, tile);
-    if (weight.kind == Kind::kInt8) return for_each_tile<kInt8Rows>(count, tile);
-    return for_each_tile<kInt4Rows>(count, tile);
+    if (weight.kind == Kind::kBfloat16) return for_each_tile<kBfloat16Rows>(all, tile);
+    if (weight.kind == Kind::kInt8) return for_each_tile<kInt8Rows>(all, tile);
+    return for_each_tile<kInt4Rows>(all, tile);
   };
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t columns = weight.out - panel * kPanel;

@@ -26,9 +26,10 @@ ERNIE_FOR_EACH_ISA(
   void accumulate_rows(const float* x, int64_t x_stride, const float* weight, int64_t rows, int64_t inner,
                        int64_t columns, float* out);
 
-  // One bfloat16 tile: c [rows, 64] = a [rows, 2 * pairs] times panel [pairs][64][2].
+  // One bfloat16 tile: c [rows, 64] = a [rows, 2 * pairs] times panel [pairs][64][2]. Meanwhile it asks for memory that
+  // is needed next: pieces of 256 bytes, `ahead_stride` bytes apart, from `ahead` on; null for none.
   void multiply_tile(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panel, int64_t pairs, float* c,
-                     int64_t c_stride);
+                     int64_t c_stride, const void* ahead = nullptr, int64_t ahead_stride = 0);
 )
 
 namespace ernie {
