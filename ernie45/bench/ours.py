@@ -46,4 +46,4 @@ class Ernie45(Implementation):
     @paddle.no_grad()
     def _read(self, ids: paddle.Tensor) -> None:
         hidden = self.model.ernie(ids, cache=self.cache)
-        self.tokens = self.model.lm_head(hidden[:, -1]).argmax(-1).numpy()
+        self.tokens = self.model.lm_head(hidden[:, -1]).numpy().argmax(-1)
