@@ -1,7 +1,7 @@
 """Writes a full-size checkpoint with plausible random weights, to measure what needs no trained ones.
 
     python tools/make_random_checkpoint.py --config configs/ernie-4.5-0.3b.json --output random-0.3b
-    python tools/make_random_checkpoint.py --config configs/ernie-4.5-21b-a3b.json --output random-21b --quantization wint4
+    python tools/make_random_checkpoint.py --config configs/ernie-4.5-21b-a3b.json --output x --quantization wint4
 
 Matrices are normal with the initialisation's deviation, norms are 1, correction biases 0. Values repeat from a pool of
 a few million numbers, since drawing 21 billion would take longer than everything else. Quantised weights are drawn as
