@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import paddle
+
+# Names and numbers of glibc's malloc.h; 32 MB is the most that it accepts for the first.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = 2**25
 
 _threads: int | None = None  # what set_num_threads was last asked for
 _followers: list[Callable[[int], object]] = []
@@ -15,7 +21,7 @@ _followers: list[Callable[[int], object]] = []
 
 @functools.cache
 def prepare_cpu() -> None:
-    """Uses all physical cores, and MKL's fast kernels on AMD processors; leaves alone what the user has decided.
+    """Uses all physical cores, MKL's fast kernels on AMD processors, and memory again; the user's settings win.
 
     Paddle starts with one thread unless OMP_NUM_THREADS says otherwise. The MKL in its wheel takes its slowest path
     on processors that are not Intel's; MKL_DEBUG_CPU_TYPE=5 chooses the AVX2 kernels (read at the first matmul).
@@ -24,6 +30,7 @@ def prepare_cpu() -> None:
         set_num_threads(physical_cores())
     if "AuthenticAMD" in _read("/proc/cpuinfo"):
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    _keep_freed_memory()
 
 
 def set_num_threads(count: int) -> None:
@@ -64,6 +71,17 @@ def physical_cores() -> int:
         elif key.strip() == "core id" and packages:
             cores.add((packages[-1], value.strip()))
     return min(allowed, len(cores) or allowed)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse freed tensors of up to 32 MB instead of returning them: a fresh page costs more than filling it.
+
+    Logits are such tensors, and activations while training. The environment's MALLOC_... settings win.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_KEPT)
 
 
 def _user_chose_threads() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from ernie45 import runtime
 
 PREPARE = """
 import os
+import platform
 import paddle
 from ernie45 import runtime
 chosen = []
@@ -107,3 +109,27 @@ def test_followers_hear_the_number_now_and_at_every_change(monkeypatch: pytest.M
     runtime.follow_threads(seen.append)
     runtime.set_num_threads(2)
     assert (seen, given, runtime.num_threads()) == ([5, 2], [2], 2)
+
+
+FAULTS = """
+import resource
+import numpy as np
+from ernie45 import runtime
+runtime.prepare_cpu()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(5 * 2**20, np.float32)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_ARENA_MAX": "2"}], ids=["ours", "the user's"])
+def test_memory_of_freed_tensors_is_used_again(environment: dict[str, str]) -> None:
+    """A second array of 20 MB finds the pages of the first, unless the user has settled how memory is kept."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=base | environment, capture_output=True, text=True, check=True
+    )
+    assert (int(result.stdout) < 100) == (not environment)

@@ -54,13 +54,14 @@ int64_t attention_scratch_bytes(const AttentionTask& task, const AttentionPlan& 
   const int64_t rows = plan.block * (task.heads / task.kv_heads);
   const int64_t padded = (task.head_dim + kPanel - 1) / kPanel * kPanel;
   const int64_t per_row = task.head_dim * 2 + kPanel * (4 + 2 + 4) + padded * 4 + 8;
-  return rows * per_row + (task.head_dim + padded) * kPanel * 2 + 9 * 64;
+  const int64_t bytes = rows * per_row + (task.head_dim + padded) * kPanel * 2 + 9 * 64;
+  return (bytes + 63) / 64 * 64;  // one after the other, the threads' buffers begin at whole cache lines
 }
 
 void attention(const AttentionTask& task) {
   if (!task.batch || !task.tokens) return;
   const AttentionPlan plan = plan_attention(task, num_threads());
-  const int64_t bytes = (attention_scratch_bytes(task, plan) + 63) / 64 * 64;
+  const int64_t bytes = attention_scratch_bytes(task, plan);
   const Memory partial = allocate(partial_bytes(task, plan));
   parallel_for(plan.pieces(task), 1, [&](int64_t first, int64_t last) {
     const Memory scratch = allocate(bytes);
