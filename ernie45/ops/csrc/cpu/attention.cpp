@@ -7,6 +7,7 @@
 
 #include "exp.h"
 #include "linear.h"
+#include "memory.h"
 
 namespace ernie::ERNIE_ISA {
 namespace {
@@ -27,13 +28,11 @@ struct Scratch {
   float* total;             // [rows]
 };
 
-int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 Scratch carve(void* buffer, int64_t rows, int64_t head_dim) {
   uint8_t* next = static_cast<uint8_t*>(buffer);
   auto take = [&next](int64_t bytes) {
     uint8_t* taken = next;
-    next += round_up(bytes);
+    next += whole_lines(bytes);
     return static_cast<void*>(taken);
   };
   const int64_t padded = (head_dim + kPanel - 1) / kPanel * kPanel;

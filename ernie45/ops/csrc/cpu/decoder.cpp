@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <optional>
 
 #include "attention.h"
@@ -15,20 +14,19 @@
 #include "elementwise.h"
 #include "isa.h"
 #include "linear.h"
+#include "memory.h"
 #include "moe.h"
 #include "parallel.h"
 
 namespace ernie {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-
 // Memory that grows and is kept between calls, so that a token does not pay for fresh pages.
 class Arena {
  public:
   void reset(int64_t bytes) {
     if (bytes > size_) {
-      memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, (bytes + 4095) / 4096 * 4096)));
+      memory_ = allocate_lines(bytes);
       size_ = bytes;
     }
     used_ = 0;
@@ -36,16 +34,13 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     T* taken = reinterpret_cast<T*>(memory_.get() + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += whole_lines(count * static_cast<int64_t>(sizeof(T)));
     return taken;
   }
   int64_t used() const { return used_; }
 
  private:
-  struct Free {
-    void operator()(uint8_t* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<uint8_t[], Free> memory_;
+  Memory memory_;
   int64_t size_ = 0, used_ = 0;
 };
 

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "memory.h"
+
 namespace ernie::ERNIE_ISA {
 namespace {
 
@@ -32,8 +34,6 @@ int64_t padded_in(const PackedMatrix& weight) {
   return (weight.in + multiple - 1) / multiple * multiple;
 }
 
-int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 IntegerRows integer_rows(const PackedMatrix& weight, int64_t rows, void* buffer, int64_t* bytes) {
   IntegerRows result{};
   result.in = padded_in(weight);
@@ -42,7 +42,7 @@ IntegerRows integer_rows(const PackedMatrix& weight, int64_t rows, void* buffer,
   uint8_t* next = start;
   auto take = [&next](int64_t size) {
     uint8_t* taken = next;
-    next += round_up(size);
+    next += whole_lines(size);
     return taken;
   };
   result.scales = reinterpret_cast<float*>(take(rows * 4));
@@ -377,7 +377,7 @@ void int4_rows(const IntegerRows& a, int64_t row, int64_t count, const uint8_t* 
 }  // namespace
 
 int64_t activation_bytes(const PackedMatrix& weight, int64_t rows) {
-  if (weight.kind == Kind::kBfloat16) return round_up(rows * padded_in(weight) * 2);
+  if (weight.kind == Kind::kBfloat16) return whole_lines(rows * padded_in(weight) * 2);
   int64_t bytes;
   integer_rows(weight, rows, nullptr, &bytes);
   return bytes;

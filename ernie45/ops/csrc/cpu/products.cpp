@@ -1,24 +1,12 @@
 // compiled once
 // Products and attention on all threads, for callers outside a parallel region.
-#include <cstdlib>
-#include <memory>
-
 #include "attention.h"
 #include "linear.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace ernie {
 namespace {
-
-struct Free {
-  void operator()(uint8_t* memory) const { std::free(memory); }
-};
-
-using Memory = std::unique_ptr<uint8_t[], Free>;
-
-Memory allocate(int64_t bytes) {
-  return Memory(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64)));
-}
 
 constexpr int64_t kRowsOfBlock = 128;  // query rows per piece: enough to pay for packing the keys
 
@@ -26,7 +14,7 @@ constexpr int64_t kRowsOfBlock = 128;  // query rows per piece: enough to pay fo
 
 void linear(const PackedMatrix& weight, const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride) {
   if (!rows || !weight.out) return;
-  const Memory activations = allocate(ERNIE_DISPATCH(activation_bytes, weight, rows));
+  const Memory activations = allocate_lines(ERNIE_DISPATCH(activation_bytes, weight, rows));
   parallel_for(rows, 4, [&](int64_t first, int64_t last) {
     ERNIE_DISPATCH(prepare_activations, weight, x, x_stride, nullptr, rows, first, last, activations.get());
   });
@@ -55,16 +43,16 @@ int64_t attention_scratch_bytes(const AttentionTask& task, const AttentionPlan& 
   const int64_t padded = (task.head_dim + kPanel - 1) / kPanel * kPanel;
   const int64_t per_row = task.head_dim * 2 + kPanel * (4 + 2 + 4) + padded * 4 + 8;
   const int64_t bytes = rows * per_row + (task.head_dim + padded) * kPanel * 2 + 9 * 64;
-  return (bytes + 63) / 64 * 64;  // one after the other, the threads' buffers begin at whole cache lines
+  return whole_lines(bytes);  // one after the other, the threads' buffers begin at whole cache lines
 }
 
 void attention(const AttentionTask& task) {
   if (!task.batch || !task.tokens) return;
   const AttentionPlan plan = plan_attention(task, num_threads());
   const int64_t bytes = attention_scratch_bytes(task, plan);
-  const Memory partial = allocate(partial_bytes(task, plan));
+  const Memory partial = allocate_lines(partial_bytes(task, plan));
   parallel_for(plan.pieces(task), 1, [&](int64_t first, int64_t last) {
-    const Memory scratch = allocate(bytes);
+    const Memory scratch = allocate_lines(bytes);
     for (int64_t piece = first; piece < last; ++piece)
       ERNIE_DISPATCH(attend, task, plan, piece, scratch.get(), reinterpret_cast<float*>(partial.get()));
   });
