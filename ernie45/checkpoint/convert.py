@@ -196,9 +196,9 @@ def _values(folder: CheckpointFolder, source: Source | QuantisedSource) -> tuple
     return weight, "F32"
 
 
-def assemble(folder: CheckpointFolder, source: Source) -> tuple[np.ndarray, str]:
-    """Puts the parts of one tensor together: the -Paddle tensor, in the dtype in which they are stored."""
-    dtype = stored_dtype(folder, source)
+def assemble(folder: CheckpointFolder, source: Source, dtype: str | None = None) -> tuple[np.ndarray, str]:
+    """Puts the parts of one tensor together: the -Paddle tensor, in `dtype` or that in which they are stored."""
+    dtype = dtype or stored_dtype(folder, source)
     whole = np.empty(source.spec.shape, DTYPES[dtype].storage)
     for part in source.parts:
         copy_part(folder, part, whole, dtype)

@@ -72,7 +72,7 @@ def _fill(folder: CheckpointFolder, source: Source, weight: Tensor | PackedWeigh
             for part in source.parts:
                 copy_part(folder, part, storage.array, storage.dtype)
         return
-    values, dtype = _values(folder, source)
+    values, dtype = _values(folder, source, "BF16")
     for first, rows in _pieces(folder, source, values):
         weight.write(convert(rows, dtype, "BF16"), first)
 
@@ -111,11 +111,12 @@ def _quantise(folder: CheckpointFolder, source: Source, kind: str) -> Iterator[t
         raise CheckpointError(f"{folder.path}: {source.spec.name}: {error}") from error
 
 
-def _values(folder: CheckpointFolder, source: Source) -> tuple[np.ndarray, str]:
-    """A whole -Paddle tensor and its dtype: a view of the file where it is stored like that."""
+def _values(folder: CheckpointFolder, source: Source, dtype: str | None = None) -> tuple[np.ndarray, str]:
+    """A whole -Paddle tensor and its dtype: a view of the file where it is stored like that, else put together in
+    `dtype` (None: the dtype of the file)."""
     part = source.parts[0]
     if len(source.parts) > 1 or part.transposed or part.columns is not None:
-        return assemble(folder, source)
+        return assemble(folder, source, dtype)
     return folder.read(part.name), folder.tensors[part.name].dtype
 
 
