@@ -1,18 +1,17 @@
-"""Reading a checkpoint into a model: check everything first, then stream one tensor at a time.
+"""Reading a checkpoint: check everything first, then one tensor at a time; `loading` puts them into a model.
 
 It hides the layout of the files, their dtype, and how a tensor gets into a parameter without a second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import Tensor
-from tqdm import tqdm
 
 from ernie45.checkpoint.dtypes import FLOAT_DTYPES, convert, dtype_from_framework_name
 from ernie45.checkpoint.folder import CheckpointFolder
@@ -134,19 +133,6 @@ def memory_problem(
         f"{format_bytes(needed)}, {format_bytes(free)} are free; close other programs, "
         'choose dtype="bfloat16" or a smaller model'
     )
-
-
-def load(folder: CheckpointFolder, sources: list[Source], parameters: Mapping[str, Tensor], progress: bool) -> None:
-    """Fills parameters (by -Paddle name) from the folder, converting dtypes, and drops each tensor once it is read."""
-    total = sum(folder.tensors[part.name].byte_count for source in sources for part in source.parts)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"Loading {folder.path.name}", delay=1, disable=not progress
-    ) as bar:
-        for source in sources:
-            with ParameterStorage(parameters[source.spec.name]) as storage:
-                for part in source.parts:
-                    copy_part(folder, part, storage.array, storage.dtype)
-                    bar.update(folder.tensors[part.name].byte_count)
 
 
 def copy_part(folder: CheckpointFolder, part: Part, destination: np.ndarray, dtype: str) -> None:

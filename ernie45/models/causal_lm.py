@@ -134,13 +134,18 @@ class ErnieForCausalLM(nn.Layer):
         pack(model, config.quantization_config)
         return model
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the matrices are packed for inference on a CPU, and are no parameters."""
+        return isinstance(self.ernie.embed_tokens.weight, PackedWeight)
+
     def train(self) -> None:
         """Switches to training.
 
         Raises:
             ErnieError: the weights are packed for inference.
         """
-        if any(True for _ in packed_weights(self)):
+        if self.is_packed:
             raise ErnieError(
                 'train: the weights are packed for inference on a CPU; load the model with dtype="float32"'
             )
@@ -173,7 +178,7 @@ class ErnieForCausalLM(nn.Layer):
         """
         if not use_structured_name:
             raise ErnieError("set_state_dict: published names are structured names; use_structured_name=False is not")
-        if any(True for _ in packed_weights(self)):
+        if self.is_packed:
             raise ErnieError(
                 'set_state_dict: the weights are packed for inference; load the model with dtype="float32"'
             )

@@ -27,7 +27,7 @@ LARGE_PAGE = 2**21
 
 
 class PackedMemory:
-    """One piece of memory for many packed weights, in large pages: a stream through small pages is a fifth slower.
+    """One piece of memory for many packed weights, in large pages even where a weight is smaller than such a page.
 
     Args:
         size: bytes that will be taken, each weight rounded up to `ALIGNMENT`.
