@@ -105,6 +105,102 @@ class BankConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """What a vision-language model sees with: the vision tower, the adapter, and how pictures stand among tokens.
+
+    The published config.json holds the tower in `vision_config` and everything else at its top level.
+
+    Attributes:
+        width: of the tower.
+        depth: blocks of the tower.
+        num_heads: attention heads of the tower.
+        intermediate_size: width of the tower's MLP.
+        channels, patch_size: a patch is channels * patch_size ** 2 bytes.
+        merge_size: the adapter joins merge_size ** 2 neighbouring patches into a token.
+        frames_per_token: and so many frames of a video.
+        time_pairs: rotary pairs of the decoder, of those that turn slowest, that take the time.
+        placeholder_id: token whose embedding a picture's or a video's feature replaces.
+        image_start_id, image_end_id, video_start_id, video_end_id: tokens around them.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    intermediate_size: int
+    channels: int
+    patch_size: int
+    merge_size: int
+    frames_per_token: int
+    time_pairs: int
+    placeholder_id: int
+    image_start_id: int
+    image_end_id: int
+    video_start_id: int
+    video_end_id: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head of the tower."""
+        return self.width // self.num_heads
+
+    @property
+    def patch_bytes(self) -> int:
+        """Values of one patch."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of what becomes one token: pictures are resized to multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def delimiter_ids(self) -> tuple[int, int, int, int]:
+        """The tokens that begin and end pictures and videos."""
+        return (self.image_start_id, self.image_end_id, self.video_start_id, self.video_end_id)
+
+    @classmethod
+    def from_dict(cls, tower: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
+        """Reads `vision_config` and the keys at the top level; absent ones have the published models' values."""
+        width = tower.get("embed_dim") or 1280
+        return cls(
+            width=width,
+            depth=tower.get("depth") or 32,
+            num_heads=tower.get("num_heads") or 16,
+            intermediate_size=int(width * (tower.get("mlp_ratio") or 4)),
+            channels=tower.get("in_channels") or tower.get("in_chans") or 3,
+            patch_size=tower.get("patch_size") or tower.get("spatial_patch_size") or 14,
+            merge_size=top.get("spatial_conv_size") or tower.get("spatial_merge_size") or 2,
+            frames_per_token=top.get("temporal_conv_size") or 2,
+            time_pairs=_time_pairs(top),
+            placeholder_id=_first(top.get("im_patch_id"), 100295),
+            image_start_id=_first(top.get("image_start_token_id"), 101304),
+            image_end_id=_first(top.get("image_end_token_id"), 101305),
+            video_start_id=_first(top.get("video_start_token_id"), 101306),
+            video_end_id=_first(top.get("video_end_token_id"), 101307),
+        )
+
+
+def _time_pairs(top: Mapping[str, Any]) -> int:
+    """`freq_allocation`, or the last of `rope_scaling.mrope_section` = [rows, columns, time]."""
+    scaling = top.get("rope_scaling") or top.get("rope_parameters")
+    section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
+    return _first(top.get("freq_allocation"), section[2] if section else None, 20)
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
+# Keys of the published config.json that say nothing about a text model.
+_VISION_KEYS = frozenset(
+    "architectures model_type im_patch_id image_start_token_id image_end_token_id video_start_token_id "
+    "video_end_token_id max_text_id mm_vocab_size pixel_hidden_size spatial_conv_size temporal_conv_size "
+    "use_temporal_conv rope_3d freq_allocation rope_scaling".split()
+)
+
+
+@dataclass(frozen=True)
 class ErnieConfig:
     """Architecture of one ERNIE 4.5 model. Field names are the keys of the published config.json.
 
@@ -251,6 +347,22 @@ class ErnieConfig:
         if not self.banks or (layer + 1) % self.moe_layer_interval:
             return False
         return min(b.first_layer for b in self.banks) <= layer <= max(b.last_layer for b in self.banks)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """What the model sees with; None for a text model."""
+        if self.vision_config is None:
+            return None
+        return VisionConfig.from_dict(self.vision_config, self.extra)
+
+    def text_part(self) -> ErnieConfig:
+        """The architecture of the text model inside: one bank and no vision. Itself for a text model."""
+        if self.vision_config is None:
+            return self
+        lists = ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index")
+        first = {key: _entry(getattr(self, key), 0) for key in lists if getattr(self, key) is not None}
+        extra = {key: value for key, value in self.extra.items() if key not in _VISION_KEYS}
+        return self.replace(**first, vision_config=None, extra=extra)
 
     @property
     def shared_intermediate_size(self) -> int:

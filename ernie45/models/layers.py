@@ -32,6 +32,32 @@ class Linear(nn.Layer):
         return ops.linear(x, self.weight)
 
 
+class BiasedLinear(Linear):
+    """y = x W + b, as in the vision tower and the adapter."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: str):
+        super().__init__(in_features, out_features, dtype)
+        self.bias = self.create_parameter([out_features], dtype=dtype, default_initializer=ZEROS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in the dtype of x."""
+        return super().forward(x) + self.bias.astype(x.dtype)
+
+
+class LayerNorm(nn.Layer):
+    """LayerNorm (arXiv 1607.06450) over the last axis with learned scale and shift [width]."""
+
+    def __init__(self, width: int, dtype: str, epsilon: float = 1e-6):
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = self.create_parameter([width], dtype=dtype, default_initializer=Constant(1.0))
+        self.bias = self.create_parameter([width], dtype=dtype, default_initializer=ZEROS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape and dtype."""
+        return ops.layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
 class RMSNorm(nn.Layer):
     """Root-mean-square norm (arXiv 1910.07467) over the last axis with a learned scale [hidden_size]."""
 

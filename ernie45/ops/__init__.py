@@ -17,11 +17,19 @@ from ernie45.ops.fp8 import (
 from ernie45.ops.linear import embedding, linear, linear_transposed, unstack
 from ernie45.ops.moe import moe_combine, moe_gate, moe_permute
 from ernie45.ops.packed import PackedWeight
-from ernie45.ops.reference import attention, compute_dtype
+from ernie45.ops.reference import (
+    attention,
+    attention_by_frame,
+    compute_dtype,
+    layer_norm,
+    quick_gelu,
+    rope_halves,
+)
 
 __all__ = [
     "PackedWeight",
     "attention",
+    "attention_by_frame",
     "compute_dtype",
     "decode_attention",
     "decoder",
@@ -30,14 +38,17 @@ __all__ = [
     "fp8_quantize",
     "fp8_quantize_both",
     "fp8_quantize_transposed",
+    "layer_norm",
     "linear",
     "linear_transposed",
     "moe_combine",
     "moe_gate",
     "moe_permute",
+    "quick_gelu",
     "rms_norm",
     "rope",
     "rope_angles",
+    "rope_halves",
     "swiglu",
     "swiglu_fp8_quantize",
     "unstack",

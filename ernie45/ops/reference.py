@@ -52,6 +52,18 @@ def rms_norm(
     return out if residual is None else (out, wide.astype(x.dtype))
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """LayerNorm (arXiv 1607.06450) over the last axis, computed in float32, in the dtype of x."""
+    wide = F.layer_norm(x.astype("float32"), x.shape[-1:], weight.astype("float32"), bias.astype("float32"), epsilon)
+    return wide.astype(x.dtype)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), an approximation of GELU (arXiv 1606.08415, section 2), in the dtype of x."""
+    wide = x.astype("float32")
+    return (wide * F.sigmoid(1.702 * wide)).astype(x.dtype)
+
+
 def swiglu(x: Tensor, prob: Tensor | None = None) -> Tensor:
     """See `ernie45.ops.swiglu`."""
     out = F.swiglu(x.astype("float32"))
@@ -100,6 +112,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
+def rope_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates element j of the first half of a head against element j of the second, as the vision tower does.
+
+    Args:
+        x: [tokens, heads, head_dim]
+        cos, sin: [tokens, 1, head_dim / 2] float32.
+
+    Returns:
+        Like x.
+    """
+    left, right = paddle.chunk(x.astype("float32"), 2, axis=-1)
+    return paddle.concat([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Callable[[int, int, int], Tensor | None]
 ) -> Tensor:
@@ -136,6 +162,22 @@ def attention(
         blocks.append(paddle.matmul(weights, value).reshape([batch, heads, last - first, head_dim]))
     mixed = blocks[0] if len(blocks) == 1 else paddle.concat(blocks, axis=2)
     return mixed.transpose([0, 2, 1, 3])
+
+
+def attention_by_frame(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """Attention inside each frame, in both directions.
+
+    Args:
+        query, key, value: [N, heads, head_dim], of which each frame is the next lengths[i] rows.
+        lengths: rows of each frame.
+
+    Returns:
+        [N, heads, head_dim]
+    """
+    scale = query.shape[-1] ** -0.5
+    parts = zip(*(paddle.split(tensor.unsqueeze(0), lengths, axis=1) for tensor in (query, key, value)), strict=True)
+    mixed = [attention(q, k, v, scale, lambda first, last, columns: None) for q, k, v in parts]
+    return paddle.concat(mixed, axis=1).squeeze(0)
 
 
 def moe_gate(
