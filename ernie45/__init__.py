@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .generation.prompt_cache import PromptCache
     from .models.cache import KVCache
     from .models.causal_lm import ErnieForCausalLM
+    from .models.vision_language import ErnieForConditionalGeneration
+    from .processing.processor import ErnieProcessor
     from .runtime import set_num_threads
     from .tokenizer import ErnieTokenizer
 
@@ -27,6 +29,8 @@ warnings.filterwarnings("ignore", "No ccache found", UserWarning)
 __all__ = [
     "ErnieConfig",
     "ErnieForCausalLM",
+    "ErnieForConditionalGeneration",
+    "ErnieProcessor",
     "ErnieTokenizer",
     "KVCache",
     "PromptCache",
@@ -38,6 +42,8 @@ __all__ = [
 _HOMES = {
     "ErnieConfig": ".config",
     "ErnieForCausalLM": ".models.causal_lm",
+    "ErnieForConditionalGeneration": ".models.vision_language",
+    "ErnieProcessor": ".processing.processor",
     "ErnieTokenizer": ".tokenizer",
     "KVCache": ".models.cache",
     "PromptCache": ".generation.prompt_cache",

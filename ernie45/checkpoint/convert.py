@@ -76,7 +76,7 @@ def save_model(
     dtype = dtype or model.dtype
     weights = model.weights()
     plans = []
-    for spec in checkpoint_tensors(model.config, vision=False):
+    for spec in checkpoint_tensors(model.config):
         weight = weights[spec.name]
         kind = None if quantization is None else quantised_kind(spec, quantization)
         if kind is None:
@@ -256,7 +256,7 @@ def _canonical(raw: dict[str, Any]) -> set[str]:
 
 
 def copy_small_files(source: Path, destination: Path) -> None:
-    """Tokenizer, chat template, generation_config.json and the like."""
+    """Tokenizer, chat template, generation_config.json, preprocessor_config.json and the like."""
     for file in sorted(source.iterdir()):
         is_weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
         if file.is_file() and not is_weights and file.name != "config.json" and file.stat().st_size < SMALL_FILE_BYTES:

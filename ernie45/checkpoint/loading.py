@@ -115,7 +115,7 @@ def _values(folder: CheckpointFolder, source: Source, dtype: str | None = None) 
     """A whole -Paddle tensor and its dtype: a view of the file where it is stored like that, else put together in
     `dtype` (None: the dtype of the file)."""
     part = source.parts[0]
-    if len(source.parts) > 1 or part.transposed or part.columns is not None:
+    if len(source.parts) > 1 or not part.is_whole:
         return assemble(folder, source, dtype)
     return folder.read(part.name), folder.tensors[part.name].dtype
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ernie45.checkpoint.dtypes import DTYPES, dtype_from_framework_name
-from ernie45.config import ErnieConfig
+from ernie45.config import ErnieConfig, VisionConfig
 from ernie45.errors import CheckpointError
 from ernie45.quantization.config import NOT_QUANTISED, QuantizationConfig
 from ernie45.quantization.weights import SCALE_DTYPES, stored_shapes
@@ -26,27 +26,34 @@ CODES_SUFFIX, SCALES_SUFFIX = ".quant_weight", ".weight_scale"  # in place of ".
 
 @dataclass(frozen=True)
 class Part:
-    """One -PT tensor that makes up (some columns of) a -Paddle tensor.
+    """One stored tensor that makes up (some columns of) a -Paddle tensor: mostly in the -PT layout.
 
     Attributes:
-        name: -PT name.
-        shape: -PT shape.
+        name: in the file.
+        shape: in the file.
         columns: last-axis columns of the -Paddle tensor, a slice or an index array; None: all.
-        transposed: the -PT tensor is the transpose of those columns.
+        transposed: the stored tensor is the transpose of those columns.
+        used_rows: so many of the first rows of the stored tensor are used, and it can only be read; None: all.
     """
 
     name: str
     shape: tuple[int, ...]
     columns: slice | np.ndarray | None = None
     transposed: bool = False
+    used_rows: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the stored tensor is the -Paddle tensor as it stands."""
+        return self.columns is None and not self.transposed and self.used_rows is None
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
-        """This part of a -Paddle tensor, in -PT orientation (a view where possible)."""
+        """This part of a -Paddle tensor, oriented as it is stored (a view where possible)."""
         columns = tensor if self.columns is None else tensor[..., self.columns]
         return columns.T if self.transposed else columns
 
     def put(self, tensor: np.ndarray, rows: np.ndarray, first: int) -> None:
-        """Writes rows first, first + 1, ... of the -PT tensor to where they belong in a -Paddle tensor."""
+        """Writes rows first, first + 1, ... of the stored tensor to where they belong in a -Paddle tensor."""
         last = first + len(rows)
         if not self.transposed and self.columns is None:
             tensor[first:last] = rows
@@ -70,6 +77,7 @@ class TensorSpec:
         parts: the same tensor in the -PT layout.
         float32: stored in float32 whatever the dtype of the model (router and correction bias).
         either_orientation: published files are known to hold both orientations; the shape decides.
+        paddle_parts: the same tensor in the -Paddle layout, where it is not just itself.
     """
 
     name: str
@@ -78,6 +86,7 @@ class TensorSpec:
     parts: tuple[Part, ...]
     float32: bool = False
     either_orientation: bool = False
+    paddle_parts: tuple[Part, ...] = ()
 
     @property
     def size(self) -> int:
@@ -90,8 +99,8 @@ class TensorSpec:
         return self.group == "embedding"
 
     def stored(self, layout: str) -> tuple[Part, ...]:
-        """The tensors that hold it in this layout: itself in the -Paddle layout, its parts in the -PT layout."""
-        return (Part(self.name, self.shape),) if layout == PADDLE else self.parts
+        """The tensors that hold it in this layout: mostly itself in the -Paddle layout, its parts in the -PT layout."""
+        return self.parts if layout == PT else self.paddle_parts or (Part(self.name, self.shape),)
 
 
 def checkpoint_tensors(config: ErnieConfig, *, mtp: bool = True, vision: bool = True) -> list[TensorSpec]:
@@ -116,6 +125,26 @@ def checkpoint_tensors(config: ErnieConfig, *, mtp: bool = True, vision: bool = 
     if vision and config.vision_config is not None:
         specs += table.vision_tower() + table.adapter()
     return specs
+
+
+def text_part_tensors(config: ErnieConfig) -> list[TensorSpec]:
+    """What a model of `config.text_part()` consists of, and where a vision-language checkpoint holds it.
+
+    Names and shapes are the text model's. The files differ from a text model's in two ways: routers are stored
+    [in, out] in both layouts, and the correction bias has a row for each bank, of which the first is the text bank's.
+    For a text model it is `checkpoint_tensors(config)`.
+    """
+    specs = checkpoint_tensors(config, vision=False)
+    if config.vision_config is None:
+        return specs
+    return [_first_row(spec) if spec.name.endswith(".e_score_correction_bias") else spec for spec in specs]
+
+
+def _first_row(spec: TensorSpec) -> TensorSpec:
+    parts, paddle_parts = (
+        tuple(replace(part, used_rows=1) for part in spec.stored(layout)) for layout in (PT, PADDLE)
+    )
+    return replace(spec, shape=(1, *spec.shape[1:]), parts=parts, paddle_parts=paddle_parts)
 
 
 @dataclass(frozen=True)
@@ -179,14 +208,20 @@ def weight_bytes(specs: Iterable[TensorSpec], dtype: str, quantization: Quantiza
     return total
 
 
+def bytes_left_out(config: ErnieConfig, dtype: str, quantization: QuantizationConfig | None = None) -> int:
+    """Bytes of the weights that `text_part_tensors` leaves out of a whole model: see `weight_bytes`."""
+    whole, part = checkpoint_tensors(config), text_part_tensors(config)
+    return weight_bytes(whole, dtype, quantization) - weight_bytes(part, dtype, quantization)
+
+
 def detect_layout(names: Iterable[str], where: str) -> str:
-    """Tells the layout from tensor names: the repository's name and its config.json are not reliable.
+    """Tells the layout from the names of text tensors: the repository's name and its config.json are not reliable.
 
     Raises:
         CheckpointError: the names belong to neither published layout.
     """
     names = list(names)
-    if any(name.startswith("ernie.") for name in names):
+    if any(name.startswith("ernie.") and not _is_visual(name) for name in names):
         return PADDLE
     if any(name.startswith("model.") and name.endswith(".q_proj.weight") for name in names):
         return PT
@@ -224,6 +259,25 @@ HEAD_NAMES = ("lm_head.weight", f"lm_head{CODES_SUFFIX}")
 def pt_name(name: str) -> str:
     """-PT spelling of a -Paddle name that is not split."""
     return "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name
+
+
+def aliases(name: str) -> tuple[str, ...]:
+    """The names under which files hold this tensor, the usual one first.
+
+    The vision tower and the adapter are found at the root, under `ernie.` and under `model.`, in either layout.
+    """
+    if not _is_visual(name):
+        return (name,)
+    stem = _without_prefix(name)
+    return (name, *(other for prefix in ("", "ernie.", "model.") if (other := prefix + stem) != name))
+
+
+def _is_visual(name: str) -> bool:
+    return _without_prefix(name).startswith(("vision_model.", "resampler_model."))
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix("ernie.").removeprefix("model.")
 
 
 def router_weight_name(bank: int) -> str:
@@ -321,14 +375,17 @@ class _Table:
             replace(projection, either_orientation=True),
         ]
 
+    @property
+    def vision(self) -> VisionConfig:
+        vision = self.config.vision
+        assert vision is not None
+        return vision
+
     def vision_tower(self) -> list[TensorSpec]:
-        group, vision = "vision tower", self.config.vision_config or {}
-        width = vision.get("embed_dim") or 1280
-        patch = vision.get("in_channels") or vision.get("in_chans") or 3
-        patch *= (vision.get("patch_size") or vision.get("spatial_patch_size") or 14) ** 2
-        inner = int(width * (vision.get("mlp_ratio") or 4))
-        specs = [self.linear("vision_model.patch_embed.proj.weight", group, patch, width)]
-        for block in range(vision.get("depth") or 32):
+        group, vision = "vision tower", self.vision
+        width, inner = vision.width, vision.intermediate_size
+        specs = [self.linear("vision_model.patch_embed.proj.weight", group, vision.patch_bytes, width)]
+        for block in range(vision.depth):
             prefix = f"vision_model.blocks.{block}"
             specs += self.layer_norm(f"{prefix}.norm1", group, width) + self.layer_norm(f"{prefix}.norm2", group, width)
             specs += self.linear_with_bias(f"{prefix}.attn.qkv", group, width, 3 * width)
@@ -338,10 +395,9 @@ class _Table:
         return specs + self.layer_norm("vision_model.ln", group, width)
 
     def adapter(self) -> list[TensorSpec]:
-        group, prefix, extra = "adapter", "ernie.resampler_model", self.config.extra
-        pixels = extra.get("pixel_hidden_size") or (self.config.vision_config or {}).get("hidden_size") or 1280
-        width = pixels * (extra.get("spatial_conv_size") or 2) ** 2
-        frames = width * (extra.get("temporal_conv_size") or 2)
+        group, prefix = "adapter", "ernie.resampler_model"
+        width = self.vision.width * self.vision.merge_size**2
+        frames = width * self.vision.frames_per_token
         return [
             *self.linear_with_bias(f"{prefix}.spatial_linear.0", group, width, width),
             *self.linear_with_bias(f"{prefix}.spatial_linear.2", group, width, width),

@@ -21,6 +21,7 @@ from ernie45.checkpoint.names import (
     Part,
     QuantisedTensor,
     TensorSpec,
+    aliases,
     detect_layout,
     quantised_kind,
     quantised_tensors,
@@ -138,7 +139,7 @@ def memory_problem(
 def copy_part(folder: CheckpointFolder, part: Part, destination: np.ndarray, dtype: str) -> None:
     """Copies one tensor of the folder into its place in a -Paddle array of storage `dtype`, a few MB at a time."""
     entry = folder.tensors[part.name]
-    values = folder.read(part.name)
+    values = folder.read(part.name)[: part.used_rows]
     step = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
     for first in range(0, len(values), step):
         part.put(destination, convert(values[first : first + step], entry.dtype, dtype), first)
@@ -186,7 +187,8 @@ def _quantised_problem(tensor: QuantisedTensor, folder: CheckpointFolder) -> str
 
 
 def _as_found(part: Part, spec: TensorSpec, folder: CheckpointFolder) -> Part:
-    """Turns the part round if this tensor is known to be published in both orientations."""
+    """The part under the name that it has in the folder; turned round if both orientations are published."""
+    part = replace(part, name=next((name for name in aliases(part.name) if name in folder.tensors), part.name))
     entry = folder.tensors.get(part.name)
     if entry is None or not spec.either_orientation or entry.shape == part.shape:
         return part
@@ -199,6 +201,9 @@ def _problem(part: Part, folder: CheckpointFolder) -> str | None:
     entry = folder.tensors.get(part.name)
     if entry is None:
         return f"{part.name}: missing, expected shape {list(part.shape)}"
+    others = [name for name in aliases(part.name) if name in folder.tensors and name != part.name]
+    if others:
+        return f"{part.name}: stored again as {others[0]}; keep one of them"
     if entry.shape != part.shape:
         return f"{part.name}: shape {list(entry.shape)} in {entry.file.name}, expected {list(part.shape)}"
     if entry.dtype not in FLOAT_DTYPES:

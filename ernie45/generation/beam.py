@@ -12,7 +12,7 @@ from ernie45.generation.sampling import Context, log_softmax, process
 from ernie45.generation.steps import next_logits, prefill
 
 if TYPE_CHECKING:
-    from ernie45.models.causal_lm import ErnieForCausalLM
+    from ernie45.models.pretrained import PretrainedModel
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Search:
         return (replies + empty)[: config.num_return_sequences]
 
 
-def beam_search(model: ErnieForCausalLM, request: Request) -> list[Hypothesis]:
+def beam_search(model: PretrainedModel, request: Request) -> list[Hypothesis]:
     """The best replies to each prompt: num_return_sequences for the first, then for the next one, and so on.
 
     The batch has a row per running hypothesis; a search that is over has none. The request's own cache is left

@@ -12,6 +12,7 @@ from paddle import Tensor
 
 from ernie45.errors import ErnieError
 from ernie45.generation.beam import beam_search
+from ernie45.generation.media import Media
 from ernie45.generation.prompt_cache import PromptCache
 from ernie45.generation.request import Request, prepare
 from ernie45.generation.sampling import LogitsProcessor
@@ -19,7 +20,7 @@ from ernie45.generation.steps import steps
 
 if TYPE_CHECKING:
     from ernie45.generation.streaming import Streamer
-    from ernie45.models.causal_lm import ErnieForCausalLM
+    from ernie45.models.pretrained import PretrainedModel
     from ernie45.tokenizer import ErnieTokenizer
 
 
@@ -50,7 +51,7 @@ class Generated:
 
 
 def generate(
-    model: ErnieForCausalLM,
+    model: PretrainedModel,
     input_ids: Any,
     attention_mask: Any = None,
     *,
@@ -60,6 +61,7 @@ def generate(
     streamer: Streamer | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     vocab_size: int | None = None,
+    media: Media | None = None,
     **options: Any,
 ) -> Generated:
     """Continues prompts.
@@ -80,6 +82,7 @@ def generate(
         streamer: gets the tokens while they come.
         logits_processors: applied after the built-in ones; see `sampling.LogitsProcessor`.
         vocab_size: ids from here on are never chosen; by default len(tokenizer).
+        media: pictures and videos, for a vision-language model.
         options: fields of `GenerationConfig`, instead of those of `model.generation_config`.
 
     Returns:
@@ -97,6 +100,7 @@ def generate(
         stop_strings=stop_strings,
         logits_processors=logits_processors,
         vocab_size=vocab_size,
+        media=media,
         **options,
     )
     if request.config.num_beams > 1:
@@ -106,7 +110,7 @@ def generate(
     return _follow(model, request, streamer)
 
 
-def _follow(model: ErnieForCausalLM, request: Request, streamer: Streamer | None) -> Generated:
+def _follow(model: PretrainedModel, request: Request, streamer: Streamer | None) -> Generated:
     rows = len(request.prompts) * request.config.num_return_sequences
     texts = request.row_texts(rows) if request.stop_strings else []
     taken = []
@@ -124,7 +128,7 @@ def _follow(model: ErnieForCausalLM, request: Request, streamer: Streamer | None
     return _generated(ids, log_probs.sum(axis=1) / lengths, log_probs, request.cache)
 
 
-def _search(model: ErnieForCausalLM, request: Request) -> Generated:
+def _search(model: PretrainedModel, request: Request) -> Generated:
     replies = beam_search(model, request)
     shape = [len(replies), max(len(reply.ids) for reply in replies)]
     ids = np.full(shape, request.config.pad_token_id, dtype="int64")

@@ -26,9 +26,9 @@ def read_prompts(input_ids: Any, attention_mask: Any = None) -> list[np.ndarray]
     Raises:
         ErnieError: not such a form, or a row without a token.
     """
-    rows = _rows("input_ids", input_ids)
+    rows = read_rows("input_ids", input_ids)
     if attention_mask is not None:
-        masks = _rows("attention_mask", attention_mask)
+        masks = read_rows("attention_mask", attention_mask)
         if [len(mask) for mask in masks] != [len(row) for row in rows]:
             raise ErnieError(
                 f"attention_mask: expected {_form(rows)} like input_ids, found {_form(masks)}; "
@@ -56,20 +56,25 @@ def left_pad(rows: list[np.ndarray], pad_token_id: int) -> tuple[np.ndarray, np.
     return ids, mask
 
 
-def _rows(name: str, value: Any) -> list[np.ndarray]:
+def read_rows(name: str, value: Any, inner: int = 0) -> list[np.ndarray]:
+    """The rows of an argument that has one integer per token, or an array of them with `inner` further axes.
+
+    Raises:
+        ErnieError: it has no such form; the message calls it `name`.
+    """
     value = value.numpy() if isinstance(value, Tensor) else value
-    if isinstance(value, list | tuple) and value and np.ndim(value[0]) == 0:
+    if isinstance(value, list | tuple) and value and np.ndim(value[0]) == inner:
         value = np.asarray(value)
-    if isinstance(value, np.ndarray) and value.ndim == 1:
+    if isinstance(value, np.ndarray) and value.ndim == 1 + inner:
         value = [value]
     if not isinstance(value, list | tuple | np.ndarray) or not len(value):
         raise ErnieError(f"{name}: expected [batch, sequence] integers or a list of rows, found {_short(value)}")
-    return [_row(f"{name}, row {index}", row) for index, row in enumerate(value)]
+    return [_row(f"{name}, row {index}", row, inner) for index, row in enumerate(value)]
 
 
-def _row(where: str, value: Any) -> np.ndarray:
+def _row(where: str, value: Any, inner: int) -> np.ndarray:
     row = np.asarray(value)
-    if row.ndim != 1 or (row.size and row.dtype.kind not in "iub"):
+    if row.ndim != 1 + inner or (row.size and row.dtype.kind not in "iub"):
         raise ErnieError(f"{where}: expected one integer per token, found {_short(value)}; encode text to ids first")
     return row.astype("int64")
 

@@ -30,11 +30,12 @@ class PromptCache(KVCache):
 
     def __init__(self, config: ErnieConfig, capacity: int = 256):
         super().__init__(config, capacity)
+        self.features: dict[bytes, paddle.Tensor] = {}  # of the pictures in the prompt: see generation/media.py
         self._ids = np.empty([0, 0], dtype="int64")
 
     @property
     def ids(self) -> np.ndarray:
-        """[rows, length] int64: the tokens that are held, padding included."""
+        """[rows, length] int64: the tokens that are held, padding included; keys of pictures for their tokens."""
         return self._ids[:, : self.length]
 
     def announce(self, ids: np.ndarray) -> None:

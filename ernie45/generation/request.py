@@ -10,13 +10,14 @@ import numpy as np
 
 from ernie45.errors import ErnieError
 from ernie45.generation.config import GenerationConfig
+from ernie45.generation.media import Media, VisionPrompt, read_media
 from ernie45.generation.prompt import read_prompts
 from ernie45.generation.prompt_cache import PromptCache
 from ernie45.generation.sampling import LogitsProcessor, processors_of
 from ernie45.generation.text import RowText, has_stop, read_stop_strings
 
 if TYPE_CHECKING:
-    from ernie45.models.causal_lm import ErnieForCausalLM
+    from ernie45.models.pretrained import PretrainedModel
     from ernie45.tokenizer import ErnieTokenizer
 
 
@@ -31,6 +32,7 @@ class Request:
         processors: applied to the logits in this order.
         tokenizer: there if stop strings are.
         stop_strings: texts that end a row.
+        vision: what each prompt has beside its ids; None for a text model.
     """
 
     prompts: list[np.ndarray]
@@ -39,6 +41,12 @@ class Request:
     processors: list[LogitsProcessor]
     tokenizer: ErnieTokenizer | None
     stop_strings: tuple[str, ...]
+    vision: list[VisionPrompt] | None = None
+
+    @property
+    def keys(self) -> list[np.ndarray]:
+        """What prompts are compared by: the ids, or for pictures what they show."""
+        return self.prompts if self.vision is None else [prompt.keys for prompt in self.vision]
 
     def row_texts(self, rows: int, skip_special_tokens: bool = True) -> list[RowText]:
         """What follows the text of each row."""
@@ -57,7 +65,7 @@ class Request:
 
 
 def prepare(
-    model: ErnieForCausalLM,
+    model: PretrainedModel,
     input_ids: Any,
     attention_mask: Any = None,
     *,
@@ -66,10 +74,13 @@ def prepare(
     stop_strings: str | Sequence[str] | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     vocab_size: int | None = None,
+    media: Media | None = None,
     **options: Any,
 ) -> Request:
     """Checks the arguments of `ernie45.generation.generate.generate`, which describes them."""
     prompts = read_prompts(input_ids, attention_mask)
+    seeing = model.config.vision
+    vision = None if seeing is None else read_media(media or Media(), prompts, attention_mask, seeing)
     config = model.generation_config.override(**options)
     texts, ids = read_stop_strings(stop_strings, tokenizer)
     config = config.override(eos_token_id=[*config.eos_token_id, *ids])
@@ -86,11 +97,12 @@ def prepare(
         processors=[*processors_of(config, total, allowed), *logits_processors],
         tokenizer=tokenizer,
         stop_strings=texts,
+        vision=vision,
     )
 
 
 def _cache(
-    model: ErnieForCausalLM, cache: PromptCache | None, prompts: list[np.ndarray], config: GenerationConfig
+    model: PretrainedModel, cache: PromptCache | None, prompts: list[np.ndarray], config: GenerationConfig
 ) -> PromptCache:
     needed = max(len(prompt) for prompt in prompts) + config.max_new_tokens
     limit = model.config.max_position_embeddings

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
+from ernie45.generation.media import media_inputs
 from ernie45.generation.prompt import left_pad
 from ernie45.generation.prompt_cache import PromptCache
 from ernie45.generation.request import Request
@@ -16,7 +18,8 @@ from ernie45.generation.sampling import Context, choose, generators, log_probabi
 from ernie45.generation.text import RowText
 
 if TYPE_CHECKING:
-    from ernie45.models.causal_lm import ErnieForCausalLM
+    from ernie45.models.pretrained import PretrainedModel
+    from ernie45.models.vision_language import ErnieForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Step:
     texts: list[str]
 
 
-def steps(model: ErnieForCausalLM, request: Request, texts: Sequence[RowText] = ()) -> Iterator[Step]:
+def steps(model: PretrainedModel, request: Request, texts: Sequence[RowText] = ()) -> Iterator[Step]:
     """Generates until every row has ended, or for max_new_tokens. Between two steps nothing is pending.
 
     Args:
@@ -70,16 +73,26 @@ def steps(model: ErnieForCausalLM, request: Request, texts: Sequence[RowText] = 
             return
 
 
-def prefill(model: ErnieForCausalLM, request: Request) -> np.ndarray:
+def prefill(model: PretrainedModel, request: Request) -> np.ndarray:
     """Feeds the prompts, except for what the cache holds already. Returns the logits [prompts, vocab] after them."""
     ids, mask = left_pad(request.prompts, request.config.pad_token_id)
-    held = request.cache.keep_beginning(ids, mask)
-    return next_logits(model, request.cache, ids[:, held:], mask)
+    keys, _ = left_pad(request.keys, request.config.pad_token_id)
+    held = request.cache.keep_beginning(keys, mask)
+    more: dict[str, Tensor | None] = {}
+    if request.vision is not None:
+        with paddle.no_grad():
+            more = media_inputs(cast("ErnieForConditionalGeneration", model), request.vision, request.cache, held)
+    return next_logits(model, request.cache, ids[:, held:], mask, keys[:, held:], **more)
 
 
 @paddle.no_grad()
 def next_logits(
-    model: ErnieForCausalLM, cache: PromptCache, ids: np.ndarray, mask: np.ndarray | None = None
+    model: PretrainedModel,
+    cache: PromptCache,
+    ids: np.ndarray,
+    mask: np.ndarray | None = None,
+    keys: np.ndarray | None = None,
+    **more: Tensor | None,
 ) -> np.ndarray:
     """Feeds tokens and returns the logits after the last one.
 
@@ -88,11 +101,13 @@ def next_logits(
         cache: holds the tokens before, and then these too.
         ids: [rows, new] int64
         mask: [rows, cached + new] bool, False for padding; None: the new tokens have none.
+        keys: [rows, new] int64, what the cache knows the tokens by; None: their ids.
+        more: further arguments of the decoder.
 
     Returns:
         [rows, vocab] float32
     """
-    cache.announce(ids)
+    cache.announce(ids if keys is None else keys)
     attention_mask = None if mask is None else paddle.to_tensor(mask)
-    hidden = model.ernie(paddle.to_tensor(ids), attention_mask=attention_mask, cache=cache)
+    hidden = model.ernie(paddle.to_tensor(ids), attention_mask=attention_mask, cache=cache, **more)
     return model.lm_head(hidden[:, -1]).astype("float32").numpy()

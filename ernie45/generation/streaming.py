@@ -14,7 +14,7 @@ from ernie45.generation.steps import steps
 from ernie45.generation.text import RowText
 
 if TYPE_CHECKING:
-    from ernie45.models.causal_lm import ErnieForCausalLM
+    from ernie45.models.pretrained import PretrainedModel
     from ernie45.tokenizer import ErnieTokenizer
 
 
@@ -65,7 +65,7 @@ class TextStreamer:
 
 
 def stream(
-    model: ErnieForCausalLM,
+    model: PretrainedModel,
     prompt: Any,
     *,
     tokenizer: ErnieTokenizer,
@@ -95,7 +95,7 @@ def stream(
     return _pieces(model, request, request.row_texts(1, skip_special_tokens))
 
 
-def _pieces(model: ErnieForCausalLM, request: Request, texts: list[RowText]) -> Iterator[str]:
+def _pieces(model: PretrainedModel, request: Request, texts: list[RowText]) -> Iterator[str]:
     for step in steps(model, request, texts):
         if step.texts[0]:
             yield step.texts[0]

@@ -29,6 +29,7 @@ class KVCache:
         self.length = 0
         self.padding: Tensor | None = None
         self.next_position: Tensor | None = None
+        self._following: list[Tensor] = []  # per call, [batch, new]: the position after each token, 0 for padding
         self._buffers: list[Tensor | None] = [None] * (2 * self.num_layers)  # keys and values, layer by layer
         # Rows and dtype of all buffers after `reserve`, which then has nothing to do for most tokens.
         self._reserved: tuple[int, paddle.dtype] | None = None
@@ -76,27 +77,27 @@ class KVCache:
             self._reserved = (batch, dtype)
         return self._buffers
 
-    def advance(self, padding: Tensor | None, next_position: Tensor, new: int) -> None:
-        """Counts `new` tokens as seen, once all layers have appended them.
+    def advance(self, padding: Tensor | None, following: Tensor, next_position: Tensor) -> None:
+        """Counts new tokens as seen, once all layers have appended them.
 
         Args:
             padding: [batch, length + new] bool, False for padding, or None.
-            next_position: [batch] position of the token that would follow.
+            following: [batch, new] int64, the position after each new token, 0 for padding.
+            next_position: [batch] int64, position of the token that would follow: the largest of all of those.
         """
-        self.length += new
+        self.length += following.shape[1]
         self.padding = padding
         self.next_position = next_position
+        self._following.append(following)
 
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on, so that a prompt can be continued in another way."""
         if not 0 <= length <= self.length:
             raise ErnieError(f"cache: cannot cut {self.length} tokens to {length}")
-        if length and self.next_position is not None:
-            dropped = self.length - length
-            real = dropped if self.padding is None else self.padding[:, length:].astype("int64").sum(axis=1)
-            self.next_position = self.next_position - real
-        else:
-            self.next_position = None
+        if length < self.length:
+            kept = paddle.concat(self._following, axis=1)[:, :length] if length else None
+            self._following = [] if kept is None else [kept]
+            self.next_position = None if kept is None else kept.max(axis=1)
         self.padding = None if self.padding is None or not length else self.padding[:, :length]
         self.length = length
 
@@ -104,6 +105,7 @@ class KVCache:
         """Makes row i of the cache what row rows[i] was (rows [new_batch] int64): for beams and repeated prompts."""
         self._buffers = [None if t is None else paddle.index_select(t, rows, axis=0) for t in self._buffers]
         self._reserved = None
+        self._following = [paddle.index_select(part, rows, axis=0) for part in self._following]
         if self.padding is not None:
             self.padding = paddle.index_select(self.padding, rows, axis=0)
         if self.next_position is not None:

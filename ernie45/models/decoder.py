@@ -64,13 +64,15 @@ class Place:
     """Where new tokens stand.
 
     Attributes:
-        positions: [batch, sequence].
+        positions: [batch, sequence], or [batch, sequence, 3] as (time, row, column).
         mask: which keys they see.
-        next_position: [batch] int64, position of the token that would follow.
+        following: [batch, sequence] int64, the position after each token, 0 for padding.
+        next_position: [batch] int64, position of the token that would follow all of them.
     """
 
     positions: Tensor
     mask: AttentionMask
+    following: Tensor
     next_position: Tensor
 
 
@@ -86,6 +88,7 @@ class Decoder(nn.Layer):
     def __init__(self, config: ErnieConfig, dtype: str = "float32", mtp: bool = False):
         super().__init__()
         self.config = config
+        self.time_pairs = 0 if config.vision is None else config.vision.time_pairs
         self.embed_tokens = Embedding(config, dtype)
         self.layers = nn.LayerList(
             [DecoderLayer(config, i, dtype, config.is_moe_layer(i)) for i in range(config.num_hidden_layers)]
@@ -110,12 +113,15 @@ class Decoder(nn.Layer):
         attn_mask_startend_row_indices: Tensor | None = None,
         cache: KVCache | None = None,
         routing: list[Routing] | None = None,
+        banks: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: [batch, sequence] int64. With a cache: only the tokens that are not in it yet.
-            position_ids: [batch, sequence]; by default they count the tokens that are not padding.
+            position_ids: [batch, sequence], or of a vision-language model [batch, sequence, 3] as (time, row, column);
+                by default they count the tokens that are not padding.
             attention_mask: [batch, sequence] with 0 for padding, on either side (with a cache, columns for the
                 cached tokens may be in front); or [batch, 1, sequence, cached + sequence] with 1 where a row may
                 look, which then replaces the causal order.
@@ -123,6 +129,8 @@ class Decoder(nn.Layer):
                 may no longer see the key.
             cache: keys and values to continue from; the new ones are appended to it.
             routing: a list that receives one `Routing` per MoE layer and bank.
+            banks: [batch, sequence] int64, the expert bank of each token; None: the first bank.
+            features: [count, hidden_size], instead of the embeddings of placeholder tokens, in the order of these.
 
         Returns:
             [batch, sequence, hidden_size]
@@ -131,15 +139,19 @@ class Decoder(nn.Layer):
             ErnieError: an argument has the wrong shape, or a token id is outside the vocabulary.
         """
         _check_ids(input_ids, self.config.vocab_size)
+        if banks is not None and banks.shape != input_ids.shape:
+            raise ErnieError(f"banks: expected {input_ids.shape} like input_ids, found {banks.shape}")
+        if features is not None:
+            input_ids = self.mark_features(input_ids, features)
         place = self.place(input_ids, position_ids, attention_mask, attn_mask_startend_row_indices, cache)
         positions, mask = place.positions, place.mask
         first_keys = None if self.fused is None else self.fused.first_keys(input_ids, positions, mask, routing)
         if self.fused is not None and first_keys is not None:
-            hidden = self.fused(input_ids, positions, first_keys, cache)
+            hidden = self.fused(input_ids, positions, first_keys, cache, banks, features)
         else:
-            hidden = self.norm(self.run_layers(input_ids, place, cache, routing))
+            hidden = self.norm(self.run_layers(self.embed(input_ids, features), place, cache, routing, banks))
         if cache is not None:
-            cache.advance(mask.padding, place.next_position, input_ids.shape[1])
+            cache.advance(mask.padding, place.following, place.next_position)
         return hidden
 
     def place(
@@ -162,33 +174,63 @@ class Decoder(nn.Layer):
             start = paddle.zeros([batch], dtype="int64") if before is None else before
             positions = start.unsqueeze(1)
             positions = positions if sequence == 1 else positions + paddle.arange(sequence).unsqueeze(0)
-            return Place(positions, mask, start + sequence)
+            following = start + sequence
+            return Place(positions, mask, following.unsqueeze(1) if sequence == 1 else positions + 1, following)
         if position_ids is None:
             position_ids = _padded_positions(sequence, padding, before)
-        elif position_ids.shape != [batch, sequence]:
+        elif position_ids.shape not in ([batch, sequence], *([[batch, sequence, 3]] if self.time_pairs else [])):
             raise ErnieError(
-                f"position_ids: expected [{batch}, {sequence}] like input_ids, found {list(position_ids.shape)}"
+                f"position_ids: expected [{batch}, {sequence}] like input_ids"
+                + (f" or [{batch}, {sequence}, 3]" if self.time_pairs else "")
+                + f", found {list(position_ids.shape)}"
             )
-        return Place(position_ids, mask, _next_position(position_ids, padding, before))
+        following = _following(position_ids, padding)
+        last = following.max(axis=1)
+        return Place(position_ids, mask, following, last if before is None else paddle.maximum(last, before))
 
     def run_layers(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         place: Place,
         cache: KVCache | None = None,
         routing: list[Routing] | None = None,
+        banks: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [batch, sequence, hidden_size] before the final norm."""
-        x = self.embed_tokens(input_ids)
+        """Hidden states [batch, sequence, hidden_size] before the final norm, from embeddings of the same shape."""
         rotary = self.rotary(place.positions)
         for layer in self.layers:
-            x = layer(x, rotary, place.mask, cache, routing=routing)
+            x = layer(x, rotary, place.mask, cache, banks, routing)
         return x
 
+    def mark_features(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        """Token ids with -1 - i instead of the i-th placeholder, whose embedding is row i of `features`.
+
+        Raises:
+            ErnieError: there are not as many features as placeholders.
+        """
+        vision = self.config.vision
+        places = input_ids == (-1 if vision is None else vision.placeholder_id)
+        count = int(places.astype("int64").sum())
+        if features.shape != [count, self.config.hidden_size]:
+            raise ErnieError(
+                f"features: expected [{count}, {self.config.hidden_size}], one for each placeholder in input_ids, "
+                f"found {list(features.shape)}"
+            )
+        numbers = paddle.cumsum(places.flatten().astype("int64")).reshape(input_ids.shape)
+        return paddle.where(places, -numbers, input_ids)
+
+    def embed(self, input_ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """Embeddings [batch, sequence, hidden_size] of ids, where -1 - i stands for row i of `features`."""
+        if features is None:
+            return self.embed_tokens(input_ids)
+        embedded = self.embed_tokens(paddle.clip(input_ids, min=0)).flatten(0, 1)
+        rows = paddle.nonzero(input_ids.flatten() < 0).flatten()
+        return paddle.scatter(embedded, rows, features.astype(embedded.dtype)).reshape([*input_ids.shape, -1])
+
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [batch, sequence, 1, head_dim / 2] float32 for position_ids [batch, sequence]."""
+        """cos and sin [batch, sequence, 1, head_dim / 2] float32 for position_ids [batch, sequence] or [..., 3]."""
         positions = position_ids.astype("float32") / self.config.compression_ratio
-        return ops.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        return ops.rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.time_pairs)
 
     def forward_next_n(self, input_ids: Tensor) -> list[Tensor]:
         """Hidden states of the model and of each multi-token-prediction depth (DeepSeek-V3, arXiv 2412.19437, 2.2).
@@ -210,8 +252,8 @@ class Decoder(nn.Layer):
             )
         _check_ids(input_ids, self.config.vocab_size)
         place = self.place(input_ids[:, :sequence])
-        hidden = self.run_layers(input_ids[:, :sequence], place)
         embeddings, rotary, mask = self.embed_tokens(input_ids), self.rotary(place.positions), place.mask
+        hidden = self.run_layers(embeddings[:, :sequence], place)
         outputs = [hidden]
         for depth in range(self.mtp_depth):
             ahead = embeddings[:, depth + 1 : depth + 1 + sequence]
@@ -269,10 +311,8 @@ def _padded_positions(sequence: int, padding: Tensor | None, before: Tensor | No
     return paddle.clip(counted if before is None else counted + before.unsqueeze(1), min=0)
 
 
-def _next_position(position_ids: Tensor, padding: Tensor | None, before: Tensor | None) -> Tensor:
-    """Position [batch] that follows the tokens seen so far; a chunk that is all padding leaves it as it was."""
+def _following(position_ids: Tensor, padding: Tensor | None) -> Tensor:
+    """The position [batch, sequence] int64 after each token, past all three axes; 0 for padding."""
     following = position_ids.astype("int64") + 1
-    if padding is not None:
-        following = following * padding[:, -following.shape[1] :].astype("int64")
-    last = following.max(axis=1)
-    return last if before is None else paddle.maximum(last, before)
+    following = following if following.ndim == 2 else following.max(axis=-1)
+    return following if padding is None else following * padding[:, -following.shape[1] :].astype("int64")

@@ -110,7 +110,10 @@ class ExpertBank(nn.Layer):
 
 
 class MoE(nn.Layer):
-    """Routed experts of the token's bank plus shared experts for every token."""
+    """Routed experts of the token's bank plus shared experts for every token.
+
+    A bank that this layer does not have, though its router is there, passes its tokens on as they are.
+    """
 
     def __init__(self, config: ErnieConfig, layer: int, dtype: str):
         super().__init__()
@@ -118,7 +121,9 @@ class MoE(nn.Layer):
         self.config = config
         self.gate = Router(config)
         self.moe_statics = MoEStatics(config.banks) if config.moe_use_aux_free else None
-        self.experts = nn.LayerList([ExpertBank(config, bank, dtype) for bank in config.banks])
+        self.experts = nn.LayerDict(
+            {str(i): ExpertBank(config, bank, dtype) for i, bank in enumerate(config.banks) if bank.covers(layer)}
+        )
         shared = config.shared_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared, dtype) if shared else None
 
@@ -144,12 +149,14 @@ class MoE(nn.Layer):
         )
         if routing is not None:
             routing.append(Routing(self.layer, bank, logits, probabilities, indices, weights))
-        return self.experts[bank](rows, indices, weights.astype(rows.dtype))
+        if str(bank) not in self.experts:  # upstream puts identities in the place of experts that a layer does not have
+            return rows * weights.sum(axis=-1, keepdim=True).astype(rows.dtype)
+        return self.experts[str(bank)](rows, indices, weights.astype(rows.dtype))
 
     def route_by_bank(self, rows: Tensor, banks: Tensor, routing: list[Routing] | None) -> Tensor:
         """Routes each group of rows inside its own bank and puts the results back in order."""
         routed = paddle.zeros_like(rows)
-        for bank in range(len(self.experts)):
+        for bank in range(len(self.config.banks)):
             members = paddle.nonzero(banks == bank).flatten()
             if members.shape[0]:
                 part = self.route(paddle.gather(rows, members), bank, routing)
