@@ -39,7 +39,6 @@ from ernie45.ops.packed import BFLOAT16, PackedWeight
 from ernie45.quantization.config import QuantizationConfig
 from ernie45.runtime import prepare_cpu
 
-
 Model = TypeVar("Model", bound="PretrainedModel")
 
 

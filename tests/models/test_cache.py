@@ -79,6 +79,12 @@ def test_any_split_of_a_padded_batch_equals_the_rows_alone(sizes: list[int], pad
             assert difference(next_logits[row, 0], expected[-1]) < 2e-5
 
 
+def advance(cache: KVCache, new: int) -> None:
+    """Two rows of tokens that count on by one."""
+    following = 1 + cache.length + paddle.arange(new).tile([2, 1])
+    cache.advance(None, following, following[:, -1])
+
+
 def test_capacity_doubles_and_what_was_there_stays() -> None:
     config = tiny_config()
     cache = KVCache(config, capacity=3)
@@ -90,7 +96,7 @@ def test_capacity_doubles_and_what_was_there_stays() -> None:
             expected = np.concatenate([*[w + 100 * layer for w in written], key], axis=1)
             assert difference(keys, expected) == 0 and difference(values, -expected) == 0
         written.append(np.full((2, new, 2, 8), step, np.float32))
-        cache.advance(None, paddle.to_tensor([cache.length + new] * 2), new)
+        advance(cache, new)
         assert cache.capacity == capacity
     assert cache.length == 13
     assert cache.nbytes == 2 * config.num_hidden_layers * (2 * 24 * 2 * 8) * 4
@@ -118,7 +124,7 @@ def test_reserved_buffers_are_the_cache_itself(dtype: str) -> None:
         assert all(b.shape == [2, capacity, 2, 8] and str(b.dtype) == f"paddle.{dtype}" for b in buffers)
         for number, buffer in enumerate(buffers):  # keys and values, layer by layer
             buffer[:, cache.length : cache.length + new] = 10 * number + cache.length
-        cache.advance(None, paddle.to_tensor([cache.length + new] * 2), new)
+        advance(cache, new)
     assert cache.capacity == 12
     cached = np.array([0, 0, 2, 3, 3, 3, 3, 3, 3], np.float32)
     for layer in range(config.num_hidden_layers):
@@ -133,7 +139,7 @@ def test_a_cache_may_change_its_dtype_on_the_way() -> None:
     key = paddle.to_tensor(np.random.default_rng(0).standard_normal((2, 2, 2, 8)).astype(np.float32))
     for layer in range(cache.num_layers):
         cache.append(layer, key, -key)
-    cache.advance(None, paddle.to_tensor([2, 2]), 2)
+    advance(cache, 2)
     rounded = key.astype("bfloat16").astype("float32")
     buffers = cache.reserve(2, 0, paddle.bfloat16)
     assert all(buffer.dtype == paddle.bfloat16 for buffer in buffers)
@@ -247,3 +253,16 @@ def test_an_explicit_mask_over_a_padded_cache(model: ErnieForCausalLM) -> None:
         expected = model(ids[:, 4:6], cache=plain)
         assert difference(model(ids[:, 4:6], attention_mask=explicit, cache=masked), expected) < 1e-6
         assert difference(model(ids[:, 6:], cache=masked), model(ids[:, 6:], cache=plain)) < 1e-6
+
+
+def test_truncation_finds_the_next_position_after_jumps() -> None:
+    """Behind a picture positions go on past its largest side, so they cannot be counted back."""
+    cache = KVCache(tiny_config(), capacity=8)
+    following = paddle.to_tensor([[1, 2, 7, 7, 8], [0, 0, 1, 2, 3]])
+    cache.advance(None, following, following.max(axis=1))
+    cache.advance(None, paddle.to_tensor([[9], [4]]), paddle.to_tensor([9, 4]))
+    for length, expected in [(6, [9, 4]), (5, [8, 3]), (4, [7, 2]), (2, [2, 0])]:
+        cache.truncate(length)
+        assert cache.next_position is not None and cache.next_position.tolist() == expected
+    cache.truncate(0)
+    assert cache.next_position is None

@@ -128,7 +128,7 @@ def test_saved_files_have_the_published_names(keys: dict[str, Any], dtype: str, 
 
 def test_experts_in_state_dict_are_views_of_the_stacked_parameters() -> None:
     model = tiny_model()
-    bank = model.ernie.layers[1].mlp.experts[0]
+    bank = model.ernie.layers[1].mlp.experts["0"]
     view = model.state_dict()["ernie.layers.1.mlp.experts.3.down_proj.weight"]
     assert view.data_ptr() == bank.down_proj.data_ptr() + 3 * 10 * 24 * 4
     bank.down_proj.set_value(paddle.full_like(bank.down_proj, 7.0))
@@ -226,7 +226,7 @@ def test_initial_weights(dtype: str) -> None:
 def test_every_draw_is_different_and_experts_differ() -> None:
     first, second = ErnieForCausalLM(tiny_config()), ErnieForCausalLM(tiny_config())
     assert difference(first.head.weight, second.head.weight) > 0
-    bank = first.ernie.layers[1].mlp.experts[0].up_gate_proj
+    bank = first.ernie.layers[1].mlp.experts["0"].up_gate_proj
     assert difference(bank[0], bank[1]) > 0
 
 
@@ -299,7 +299,7 @@ def test_mtp_is_the_published_formula(with_mtp: ErnieForCausalLM) -> None:
     ids, decoder = token_ids(1, 8), with_mtp.ernie
     with paddle.no_grad():
         place = decoder.place(ids[:, :6])
-        hidden = decoder.run_layers(ids[:, :6], place)
+        hidden = decoder.run_layers(decoder.embed(ids[:, :6]), place)
         embedding = decoder.embed_tokens.weight[ids[0, 1:7]].unsqueeze(0)
         joined = paddle.concat([decoder.mtp_emb_norm[0](embedding), decoder.mtp_hidden_norm[0](hidden)], axis=-1)
         projected = paddle.matmul(joined, decoder.mtp_linear_proj[0].weight)

@@ -64,7 +64,7 @@ def slow_token(moe: MoE, x: np.ndarray, bank: int = 0) -> tuple[np.ndarray, np.n
     weights = probabilities[chosen]
     if config.moe_norm_gate_logits:
         weights = weights / max(weights.sum(), 1e-12)
-    experts = moe.experts[bank]
+    experts = moe.experts[str(bank)]
     output = np.zeros(HIDDEN)
     for weight, expert in zip(weights, chosen, strict=True):
         output += weight * swiglu_mlp(x, exact(experts.up_gate_proj)[expert], exact(experts.down_proj)[expert])
@@ -99,7 +99,7 @@ def test_gradients(changes: dict) -> None:
         return sum(float(slow_token(moe, t)[0] @ m) for t, m in zip(tokens.reshape(-1, HIDDEN), mix, strict=True))
 
     np.testing.assert_allclose(at.grad.numpy(), numeric_gradient(loss, x), rtol=1e-3, atol=1e-4)
-    assert moe.experts[0].up_gate_proj.grad is not None
+    assert moe.experts["0"].up_gate_proj.grad is not None
     if changes.get("moe_use_aux_free", True):
         assert moe.moe_statics.e_score_correction_bias.grad is None
     # A few entries of each parameter: the numeric gradient of all would take long. float32 allows a larger step.
@@ -134,7 +134,7 @@ def test_experts_that_nobody_chose_do_not_matter() -> None:
         before = moe(x, routing=routing)
         idle = [expert for expert in range(6) if expert not in routing[0].indices.flatten().tolist()]
         assert len(idle) == 4
-        for parameter in (moe.experts[0].up_gate_proj, moe.experts[0].down_proj):
+        for parameter in (moe.experts["0"].up_gate_proj, moe.experts["0"].down_proj):
             values = parameter.numpy()
             values[idle] = np.nan
             parameter.set_value(values)
@@ -161,7 +161,7 @@ def test_gradient_of_an_idle_expert_is_zero() -> None:
     routing: list[Routing] = []
     moe(paddle.to_tensor(inputs(1, 1)), routing=routing).sum().backward()
     used = set(routing[0].indices.flatten().tolist())
-    per_expert = np.abs(moe.experts[0].down_proj.grad.numpy()).sum(axis=(1, 2))
+    per_expert = np.abs(moe.experts["0"].down_proj.grad.numpy()).sum(axis=(1, 2))
     assert {expert for expert in range(6) if per_expert[expert] > 0} == used
 
 
@@ -169,7 +169,7 @@ def test_gradient_of_an_idle_expert_is_zero() -> None:
 def test_half_precision_experts_with_a_float32_router(dtype: str) -> None:
     moe, x = layer(tiny_config(), dtype=dtype), inputs()
     assert moe.gate.weight.dtype == moe.moe_statics.e_score_correction_bias.dtype == paddle.float32
-    assert moe.experts[0].up_gate_proj.dtype == getattr(paddle, dtype)
+    assert moe.experts["0"].up_gate_proj.dtype == getattr(paddle, dtype)
     with paddle.no_grad():
         found = moe(paddle.to_tensor(x))
     expected = np.stack([slow_token(moe, token.astype(np.float64))[0] for token in x.reshape(-1, HIDDEN)])
@@ -202,7 +202,7 @@ def test_the_other_bank_does_not_matter(bank: int) -> None:
         before = moe(x, banks)
         if bank == 0:
             assert difference(moe(x), before) == 0
-        for parameter in moe.experts[1 - bank].parameters():
+        for parameter in moe.experts[str(1 - bank)].parameters():
             parameter.set_value(paddle.full_like(parameter, float("nan")))
         assert difference(moe(x, banks), before) == 0
 
@@ -223,7 +223,21 @@ def test_gradients_through_two_banks() -> None:
 
 def test_experts_of_the_second_bank_are_numbered_after_those_of_the_first() -> None:
     config = tiny_config(**TWO_BANKS)
-    experts = layer(config).experts[1].down_proj
+    experts = layer(config).experts["1"].down_proj
     published = dict(published_tensors("ernie.layers.1.mlp.experts.1.down_proj", experts, config.banks))
     assert list(published) == [f"ernie.layers.1.mlp.experts.{i}.down_proj.weight" for i in range(6, 12)]
     assert difference(published["ernie.layers.1.mlp.experts.8.down_proj.weight"], experts[2]) == 0
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_bank_that_the_layer_does_not_have_passes_tokens_on(normalised: bool) -> None:
+    """Upstream has identities in the place of its experts: the weights' sum times the token, plus shared experts."""
+    config = tiny_config(**TWO_BANKS, moe_layer_end_index=[2, 0], moe_norm_gate_logits=normalised)
+    moe, x = layer(config), paddle.to_tensor(inputs(1))
+    assert list(moe.experts) == ["0"] and hasattr(moe.gate, "weight_1")
+    routing: list[Routing] = []
+    with paddle.no_grad():
+        found = moe(x, paddle.to_tensor([[0, 1, 1, 0, 1]]), routing)
+        weights = routing[1].weights.sum(axis=-1, keepdim=True)
+        assert difference(found[0, 1:3], x[0, 1:3] * weights[:2] + moe.shared_experts(x[0, 1:3])) < 1e-5
+    assert (difference(weights, np.ones([3, 1])) < 1e-6) == normalised
