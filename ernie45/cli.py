@@ -14,8 +14,7 @@ from ernie45.bench.command import add_options as add_bench_options
 from ernie45.errors import ErnieError
 
 if TYPE_CHECKING:
-    from ernie45.models.causal_lm import ErnieForCausalLM
-    from ernie45.tokenizer import ErnieTokenizer
+    from ernie45.assistant import Assistant
 
 DEFAULT_MODEL = "ernie45-tiny"
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended, as in shells
@@ -46,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = _command(commands, "chat", run_chat, "talk with a model", "ernie45 chat baidu/ERNIE-4.5-0.3B-Paddle")
     chat.add_argument("--system", help="system message")
+    _add_media_options(chat, "the first question")
     _add_model_options(chat)
     _add_generation_options(chat)
 
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "generate", run_generate, "answer or continue one prompt", 'ernie45 generate --prompt "23+58=?"'
     )
     generate.add_argument("--prompt", help="the text; read from standard input if absent")
+    _add_media_options(generate, "the prompt")
     generate.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     _add_model_options(generate)
     _add_generation_options(generate)
@@ -177,35 +178,54 @@ def run_verify(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Answers one prompt, streaming."""
+    from ernie45.assistant import user_message
+
     text = sys.stdin.read() if options.prompt is None else options.prompt
     if not text:
         raise ErnieError("--prompt: the prompt is empty; give some text, or pipe it to standard input")
-    model, tokenizer = _load(options)
+    if options.raw and (options.image or options.video):
+        raise ErnieError("--raw: continues a text alone; leave it out to show pictures")
+    assistant = _load(options)
     if options.raw:
-        prompt = tokenizer.encode(text)
-    else:
-        prompt = _chat_prompt(tokenizer, [{"role": "user", "content": text}], options)
-    _print_stream(model.stream(prompt, tokenizer=tokenizer, **_generation_options(options)))
+        ids, more = assistant.tokenizer.encode(text), _generation_options(options)
+        _print_stream(assistant.model.stream(ids, tokenizer=assistant.tokenizer, **more))
+        return
+    question = user_message(text, options.image, options.video)
+    _print_stream(_reply(assistant, [question], options))
 
 
 def run_chat(options: argparse.Namespace) -> None:
     """A conversation on the terminal; Ctrl-C stops an answer and keeps what was printed, Ctrl-D ends."""
+    from ernie45.assistant import user_message
     from ernie45.generation.prompt_cache import PromptCache
 
-    model, tokenizer = _load(options)
+    assistant = _load(options)
     system = [{"role": "system", "content": options.system}] if options.system else []
-    messages, cache = list(system), PromptCache(model.config)
+    messages, cache = list(system), PromptCache(assistant.model.config)
+    shown = {"/image": list(options.image), "/video": list(options.video)}
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Ask something. /new starts again, Ctrl-C stops an answer, Ctrl-D ends.")
+        pictures = "" if assistant.processor is None else " /image FILE and /video FILE show something with a question."
+        print(f"Ask something. /new starts again, Ctrl-C stops an answer, Ctrl-D ends.{pictures}")
     for question in _questions(interactive):
+        command, _, argument = question.partition(" ")
         if question == "/new":
             messages = list(system)
             continue
-        messages.append({"role": "user", "content": question})
-        prompt = _chat_prompt(tokenizer, messages, options)
-        pieces = model.stream(prompt, tokenizer=tokenizer, cache=cache, **_generation_options(options))
-        messages.append({"role": "assistant", "content": _answer_text(_print_stream(pieces))})
+        if command in shown and assistant.processor is not None:
+            shown[command].append(argument.strip())
+            continue
+        messages.append(user_message(question, shown["/image"], shown["/video"]))
+        shown = {"/image": [], "/video": []}
+        try:
+            answer = _print_stream(_reply(assistant, messages, options, cache=cache))
+        except ErnieError as error:
+            if not interactive:
+                raise
+            messages.pop()
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages.append({"role": "assistant", "content": _answer_text(answer)})
 
 
 def _questions(interactive: bool) -> Iterator[str]:
@@ -238,20 +258,22 @@ def _answer_text(reply: str) -> str:
     return parse_response(reply).content or reply or "..."
 
 
-def _chat_prompt(tokenizer: ErnieTokenizer, messages: list[dict[str, Any]], options: argparse.Namespace) -> list[int]:
-    ids = tokenizer.apply_chat_template(messages, enable_thinking=options.thinking)
-    assert isinstance(ids, list)
-    return ids
+def _reply(
+    assistant: Assistant, messages: list[dict[str, Any]], options: argparse.Namespace, **more: Any
+) -> Iterator[str]:
+    return assistant.reply(messages, enable_thinking=options.thinking, **_generation_options(options), **more)
 
 
-def _load(options: argparse.Namespace) -> tuple[ErnieForCausalLM, ErnieTokenizer]:
-    from ernie45 import ErnieForCausalLM, ErnieTokenizer
+def _load(options: argparse.Namespace) -> Assistant:
+    from ernie45.assistant import Assistant
 
-    tokenizer = ErnieTokenizer.from_pretrained(options.model, revision=options.revision)
-    model = ErnieForCausalLM.from_pretrained(
-        options.model, dtype=options.dtype, quantization=options.quantization, revision=options.revision
+    return Assistant.load(
+        options.model,
+        needs_vision=bool(options.image or options.video),
+        revision=options.revision,
+        dtype=options.dtype,
+        quantization=options.quantization,
     )
-    return model, tokenizer
 
 
 def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
@@ -270,6 +292,17 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights in memory")
     parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+
+
+def _add_media_options(parser: argparse.ArgumentParser, where: str) -> None:
+    for name, kind in (("image", "picture"), ("video", "video")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"show this {kind} (file or URL) with {where}; for vision-language models (repeatable)",
+        )
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:

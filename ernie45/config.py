@@ -76,12 +76,21 @@ VISION_LIMITS = {
     "embed_dim": 10**5,
     "hidden_size": 10**5,
     "depth": 1000,
+    "num_heads": 1024,
     "in_channels": 100,
     "in_chans": 100,
     "patch_size": 1000,
     "spatial_patch_size": 1000,
+    "spatial_merge_size": 100,
 }
 ADAPTER_LIMITS = {"pixel_hidden_size": 10**5, "spatial_conv_size": 100, "temporal_conv_size": 100}
+VISION_TOKENS = (
+    "im_patch_id",
+    "image_start_token_id",
+    "image_end_token_id",
+    "video_start_token_id",
+    "video_end_token_id",
+)
 
 ARCHITECTURES = {  # model_type -> (-Paddle spelling, -PT spelling)
     "ernie4_5": ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
@@ -193,11 +202,18 @@ def _first(*values: Any) -> Any:
 
 
 # Keys of the published config.json that say nothing about a text model.
-_VISION_KEYS = frozenset(
-    "architectures model_type im_patch_id image_start_token_id image_end_token_id video_start_token_id "
-    "video_end_token_id max_text_id mm_vocab_size pixel_hidden_size spatial_conv_size temporal_conv_size "
-    "use_temporal_conv rope_3d freq_allocation rope_scaling".split()
-)
+_VISION_KEYS = {
+    *VISION_TOKENS,
+    *ADAPTER_LIMITS,
+    "architectures",
+    "model_type",
+    "max_text_id",
+    "mm_vocab_size",
+    "use_temporal_conv",
+    "rope_3d",
+    "freq_allocation",
+    "rope_scaling",
+}
 
 
 @dataclass(frozen=True)
@@ -331,7 +347,7 @@ class ErnieConfig:
     @property
     def banks(self) -> tuple[BankConfig, ...]:
         """The expert banks: none for a dense model, one for text, two (text, vision) for vision-language."""
-        counts = [count for count in _as_list(self.moe_num_experts or 0) if count]
+        counts = _as_list(self.moe_num_experts or 0)
         return tuple(
             BankConfig(
                 num_experts=count,
@@ -340,6 +356,7 @@ class ErnieConfig:
                 last_layer=self._last_layer(_entry(self.moe_layer_end_index, i)),
             )
             for i, count in enumerate(counts)
+            if count
         )
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -356,9 +373,19 @@ class ErnieConfig:
         return VisionConfig.from_dict(self.vision_config, self.extra)
 
     def text_part(self) -> ErnieConfig:
-        """The architecture of the text model inside: one bank and no vision. Itself for a text model."""
+        """The architecture of the text model inside: one bank and no vision. Itself for a text model.
+
+        Raises:
+            ConfigError: a layer has experts for pictures alone, which no text model has.
+        """
         if self.vision_config is None:
             return self
+        for layer in range(self.num_hidden_layers):
+            if self.is_moe_layer(layer) and not self.banks[0].covers(layer):
+                raise ConfigError(
+                    f"config: layer {layer} has experts of the vision bank alone, which no text model has; load the "
+                    "checkpoint with ErnieForConditionalGeneration"
+                )
         lists = ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index")
         first = {key: _entry(getattr(self, key), 0) for key in lists if getattr(self, key) is not None}
         extra = {key: value for key, value in self.extra.items() if key not in _VISION_KEYS}
@@ -423,8 +450,9 @@ def _problems(config: ErnieConfig) -> Iterator[str]:
         yield from wrong_types
         return
     yield from _limit_problems(config)
+    yield from _bank_problems(config)
     if config.vision_config is not None:
-        yield from _vision_problems(config.vision_config, config.extra)
+        yield from _vision_problems(config.vision_config, config.extra, config.head_dim // 2)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -490,7 +518,17 @@ def _limit_problems(config: ErnieConfig) -> Iterator[str]:
         yield f"{experts} experts in all layers exceed {MAX_EXPERTS_OF_ALL_LAYERS}, more than any ERNIE 4.5 model has"
 
 
-def _vision_problems(vision: Mapping[str, Any], extra: Mapping[str, Any]) -> Iterator[str]:
+def _bank_problems(config: ErnieConfig) -> Iterator[str]:
+    counts = _as_list(config.moe_num_experts or 0)
+    wanted = 1 if config.vision_config is None else 2
+    if any(counts) and len(counts) != wanted:
+        kind = "text model has one bank" if wanted == 1 else "vision-language model has two banks"
+        yield f"moe_num_experts {config.moe_num_experts!r}: a {kind} of experts"
+    elif len(set(counts)) > 1:
+        yield f"moe_num_experts {counts}: both banks must have equally many experts"
+
+
+def _vision_problems(vision: Mapping[str, Any], extra: Mapping[str, Any], pairs: int) -> Iterator[str]:
     for where, keys, limits in (("vision_config.", vision, VISION_LIMITS), ("", extra, ADAPTER_LIMITS)):
         for key, limit in limits.items():
             value = keys.get(key)
@@ -499,3 +537,32 @@ def _vision_problems(vision: Mapping[str, Any], extra: Mapping[str, Any]) -> Ite
     ratio = vision.get("mlp_ratio")
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 100):
         yield f"vision_config.mlp_ratio must be a positive number up to 100, found {ratio!r}"
+    yield from _tower_problems(vision, extra)
+    yield from _position_problems(extra, pairs)
+    for key in VISION_TOKENS:
+        value = extra.get(key, 0)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            yield f"{key} must be a token id, found {value!r}"
+
+
+def _tower_problems(vision: Mapping[str, Any], extra: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with widths that fit the limits one by one."""
+    width, heads = vision.get("embed_dim") or 1280, vision.get("num_heads") or 16
+    if _is_positive(width) and _is_positive(heads) and width % (4 * heads):
+        yield f"vision_config.embed_dim {width}: each of {heads} heads must get a multiple of 4, for rows and columns"
+    pixels = extra.get("pixel_hidden_size") or width
+    if pixels != width:
+        yield f"pixel_hidden_size {pixels} differs from the width of the vision tower, vision_config.embed_dim {width}"
+
+
+def _position_problems(extra: Mapping[str, Any], pairs: int) -> Iterator[str]:
+    """What is wrong with the rotary pairs that take the time."""
+    scaling = extra.get("rope_scaling") or extra.get("rope_parameters")
+    section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
+    if section is not None and not (isinstance(section, list | tuple) and len(section) == 3):
+        yield f"mrope_section must be [rows, columns, time], found {section!r}"
+        return
+    for key, value in (("freq_allocation", extra.get("freq_allocation")), ("mrope_section", section and section[2])):
+        known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= pairs
+        if value is not None and not known:
+            yield f"{key}: the time takes {value!r} rotary pairs, expected an integer up to {pairs}"

@@ -9,7 +9,14 @@ from pathlib import Path
 from ernie45.checkpoint.dtypes import DTYPES, dtype_from_framework_name
 from ernie45.checkpoint.folder import INDEX_NAME, CheckpointFolder, read_index
 from ernie45.checkpoint.hub import resolve_folder
-from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors, settle_config, weight_bytes
+from ernie45.checkpoint.names import (
+    TensorSpec,
+    bytes_left_out,
+    checkpoint_tensors,
+    settle_config,
+    text_part_tensors,
+    weight_bytes,
+)
 from ernie45.config import ErnieConfig
 from ernie45.errors import ErnieError
 from ernie45.memory import available_bytes, format_bytes
@@ -60,6 +67,11 @@ def describe(name: str) -> str:
         _table(["part", "parameters", "share", "used per token"], _parameters(config, specs)),
         _table(["dtype", "weights", "KV cache per token", "here"], _memory(config, specs)),
     ]
+    if config.vision_config is not None:
+        saved = format_bytes(bytes_left_out(config, config.dtype))
+        sections.append(f"loaded with ErnieForCausalLM: the text part alone, {saved} less in {config.dtype}")
+        rows = _memory(config, text_part_tensors(config))
+        sections.append(_table(["text part", "weights", "KV cache per token", "here"], rows))
     return "\n\n".join(sections)
 
 
@@ -99,6 +111,11 @@ def _architecture(config: ErnieConfig) -> list[list[str]]:
         bias = {True: "yes", False: "no", None: "decided by the files"}[config.moe_use_aux_free]
         rows.append(["shared experts", f"{config.moe_num_shared_experts}"])
         rows.append(["correction bias", bias])
+    vision = config.vision
+    if vision is not None:
+        rows.append(["vision tower", f"{vision.depth} blocks of width {vision.width}, {vision.num_heads} heads"])
+        block = f"{vision.merge_size} x {vision.merge_size} patches of {vision.patch_size} x {vision.patch_size} pixels"
+        rows.append(["adapter", f"a token for {block}, or of {vision.frames_per_token} frames of a video"])
     rows.append(["multi-token prediction", f"{config.num_nextn_predict_layers or 0} blocks"])
     stored = config.quantization_config
     if stored is not None:

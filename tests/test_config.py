@@ -131,7 +131,7 @@ def test_experts_without_a_width_are_as_wide_as_the_dense_network() -> None:
 
 def test_two_banks_take_their_values_from_lists_or_share_one() -> None:
     config = read(
-        **{**MOE, "moe_num_experts": [8, 4]},
+        **{**MOE, "moe_num_experts": [8, 8]},
         moe_intermediate_size=[24, 12],
         moe_layer_start_index=[1, 2],
         moe_layer_end_index=3,
@@ -140,7 +140,7 @@ def test_two_banks_take_their_values_from_lists_or_share_one() -> None:
     )
     assert [(b.num_experts, b.intermediate_size, b.first_layer, b.last_layer) for b in config.banks] == [
         (8, 24, 1, 3),
-        (4, 12, 2, 3),
+        (8, 12, 2, 3),
     ]
     assert [config.banks[1].covers(i) for i in range(4)] == [False, False, True, True]
     assert config.model_type == "ernie4_5_moe_vl"
@@ -223,6 +223,12 @@ def test_missing_required_key(missing: str) -> None:
         ({"moe_num_experts": 4, "moe_k": 5}, "moe_k 5 exceeds the 4 experts of bank 0"),
         ({"moe_num_experts": [4, "x"]}, "moe_num_experts must be an integer or a list of integers"),
         ({"moe_num_experts": -4}, "moe_num_experts must not be negative"),
+        ({"moe_num_experts": [8, 8]}, "moe_num_experts [8, 8]: a text model has one bank of experts"),
+        ({"moe_num_experts": 8, "vision_config": {}}, "moe_num_experts 8: a vision-language model has two banks"),
+        ({"moe_num_experts": [8, 8, 8], "vision_config": {}}, "a vision-language model has two banks of experts"),
+        ({"moe_num_experts": [0, 8], "vision_config": {}}, "both banks must have equally many experts"),
+        ({"moe_num_experts": [8, 0], "vision_config": {}}, "both banks must have equally many experts"),
+        ({"moe_num_experts": [8, 4], "vision_config": {}}, "moe_num_experts [8, 4]: both banks must have equally"),
         ({"moe_num_shared_experts": {}}, "moe_num_shared_experts must be a non-negative integer, found {}"),
         ({"hidden_size": 10**30}, "exceeds 1000000, far more than any ERNIE 4.5 model has"),
         ({"moe_num_experts": 8, "moe_intermediate_size": [10**30]}, "moe_intermediate_size 1000"),
@@ -240,6 +246,20 @@ def test_missing_required_key(missing: str) -> None:
         ({"vision_config": {"patch_size": "14"}}, "vision_config.patch_size must be a positive integer"),
         ({"vision_config": {"mlp_ratio": -4}}, "vision_config.mlp_ratio must be a positive number"),
         ({"vision_config": {}, "spatial_conv_size": 0.5}, "spatial_conv_size must be a positive integer"),
+        ({"vision_config": {}, "pixel_hidden_size": 640}, "pixel_hidden_size 640 differs from the width of the vision"),
+        ({"vision_config": {"num_heads": 0}}, "vision_config.num_heads must be a positive integer up to 1024"),
+        (
+            {"vision_config": {"embed_dim": 64, "num_heads": 3}},
+            "embed_dim 64: each of 3 heads must get a multiple",
+        ),
+        ({"vision_config": {}, "im_patch_id": "x"}, "im_patch_id must be a token id, found 'x'"),
+        ({"vision_config": {}, "video_end_token_id": -1}, "video_end_token_id must be a token id, found -1"),
+        ({"vision_config": {}, "freq_allocation": 33}, "freq_allocation: the time takes 33 rotary pairs, expected an"),
+        ({"vision_config": {}, "rope_scaling": {"mrope_section": [1, 2]}}, "must be [rows, columns, time], found ["),
+        (
+            {"vision_config": {}, "rope_scaling": {"mrope_section": [1, 1, "x"]}},
+            "mrope_section: the time takes 'x'",
+        ),
     ],
 )
 def test_refusals_name_key_value_and_expectation(keys: dict[str, Any], message: str) -> None:

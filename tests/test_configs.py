@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ernie45.config import ErnieConfig
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
@@ -136,6 +138,15 @@ def test_the_multi_token_prediction_block_has_its_published_size() -> None:
     config = read("ernie-4.5-21b-a3b")
     assert config["num_nextn_predict_layers"] == 1
     assert multi_token_prediction(config) / 1e9 == pytest.approx(0.123, abs=0.0005)
+
+
+@pytest.mark.parametrize("name", ["ernie-4.5-vl-28b-a3b", "ernie-4.5-vl-424b-a47b"])
+def test_vision_language_models_share_tower_tokens_and_positions(name: str) -> None:
+    vision = ErnieConfig.from_pretrained(CONFIGS / f"{name}.json").vision
+    assert vision is not None
+    assert (vision.width, vision.depth, vision.head_dim, vision.intermediate_size) == (1280, 32, 80, 5120)
+    assert (vision.patch_bytes, vision.factor, vision.frames_per_token, vision.time_pairs) == (588, 28, 2, 20)
+    assert (vision.placeholder_id, *vision.delimiter_ids) == (100295, 101304, 101305, 101306, 101307)
 
 
 @pytest.mark.parametrize("name", NAMES)

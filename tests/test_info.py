@@ -69,6 +69,18 @@ def test_report_has_the_sizes_of_quantised_weights(tmp_path: Path) -> None:
     assert stored in info.describe(str(tmp_path))
 
 
+def test_report_on_a_vision_language_model_has_the_size_of_its_text_part() -> None:
+    report = info.describe("baidu/ERNIE-4.5-VL-28B-A3B-PT")
+    whole, part = report.split("loaded with ErnieForCausalLM: the text part alone, 15.2 GB less in bfloat16")
+    for text, sizes in ((whole, ["58.8 GB", "30.3 GB", "16.9 GB"]), (part, ["43.7 GB", "21.9 GB", "11.7 GB"])):
+        rows = [line.split() for line in text.splitlines()]
+        found = [" ".join(row[1:3]) for row in rows if row and row[0] in ("bfloat16", "wint8", "wint4")]
+        assert found == sizes
+    assert "vision tower            32 blocks of width 1280, 16 heads" in report
+    assert "a token for 2 x 2 patches of 14 x 14 pixels, or of 2 frames of a video" in report
+    assert "ErnieForCausalLM" not in info.describe("ernie-4.5-21b-a3b")
+
+
 def test_folder_with_weights_settles_what_the_config_leaves_open(reference: Path) -> None:
     report = info.describe(str(reference / "moe" / "paddle"))
     assert "head untied" in report

@@ -3,9 +3,9 @@
     python tools/make_random_checkpoint.py --config configs/ernie-4.5-0.3b.json --output random-0.3b
     python tools/make_random_checkpoint.py --config configs/ernie-4.5-21b-a3b.json --output x --quantization wint4
 
-Matrices are normal with the initialisation's deviation, norms are 1, correction biases 0. Values repeat from a pool of
-a few million numbers, since drawing 21 billion would take longer than everything else. Quantised weights are drawn as
-codes and scales, so that nothing larger is ever made.
+Matrices are normal with the initialisation's deviation, norms are 1, biases 0. Values repeat from a pool of a few
+million numbers, since drawing 21 billion would take longer than everything else. Quantised weights are drawn as codes
+and scales, so that nothing larger is ever made.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class RandomWeights:
 
     def weight(self, spec: TensorSpec, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """A float tensor of this shape in the storage of the safetensors dtype."""
-        if len(shape) == 1:
-            value = 0.0 if spec.name.endswith(".bias") else 1.0
-            return convert(np.full(shape, value, np.float32), "F32", dtype)
+        is_bias = spec.name.endswith("bias")  # the correction bias too, which has a row for each bank
+        if is_bias or len(shape) == 1:
+            return convert(np.full(shape, 0.0 if is_bias else 1.0, np.float32), "F32", dtype)
         if dtype not in self.pools:
             self.pools[dtype] = convert(self.normal, "F32", dtype)
         return self._fill(shape, self.pools[dtype])

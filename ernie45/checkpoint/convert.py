@@ -48,7 +48,7 @@ from ernie45.quantization.weights import Quantised, dequantize
 if TYPE_CHECKING:
     from paddle import Tensor
 
-    from ernie45.models.causal_lm import ErnieForCausalLM
+    from ernie45.models.pretrained import PretrainedModel
 
 SMALL_FILE_BYTES = 100 * 2**20
 # Keys for which the readers of the two layouts have different defaults, and what transformers tells a model by.
@@ -66,7 +66,7 @@ METADATA = {PADDLE: {"format": "np"}, PT: {"format": "pt"}}
 
 
 def save_model(
-    model: ErnieForCausalLM, folder: Path, layout: str, dtype: str | None, max_shard_bytes: int, progress: bool
+    model: PretrainedModel, folder: Path, layout: str, dtype: str | None, max_shard_bytes: int, progress: bool
 ) -> None:
     """Writes the weights of a model and its config.json and generation_config.json: see `save_pretrained`."""
     _check_choice(layout, dtype)

@@ -141,9 +141,7 @@ def text_part_tensors(config: ErnieConfig) -> list[TensorSpec]:
 
 
 def _first_row(spec: TensorSpec) -> TensorSpec:
-    parts, paddle_parts = (
-        tuple(replace(part, used_rows=1) for part in spec.stored(layout)) for layout in (PT, PADDLE)
-    )
+    parts, paddle_parts = (tuple(replace(part, used_rows=1) for part in spec.stored(layout)) for layout in (PT, PADDLE))
     return replace(spec, shape=(1, *spec.shape[1:]), parts=parts, paddle_parts=paddle_parts)
 
 

@@ -47,7 +47,8 @@ def quantize_checkpoint(
     """Writes a checkpoint with quantised weights under the published quantised -Paddle names.
 
     Linear weights and experts are quantised to `kind`, embedding and head as `embedding` says. Router and correction
-    bias are float32; norms and what the table of names does not know stay as they are. Tokenizer files are copied.
+    bias are float32, vision tower and adapter bfloat16; norms and what the table of names does not know stay as they
+    are. Tokenizer files and other small ones are copied.
 
     Args:
         source: a checkpoint folder that is not quantised, in either layout.
@@ -102,7 +103,8 @@ def _plans(folder: CheckpointFolder, source: Source, quantization: QuantizationC
 def _dtype_of_the_rest(folder: CheckpointFolder, source: Source) -> str:
     if source.spec.float32:
         return "F32"
-    return "BF16" if source.spec.group in ("embedding", "head") else stored_dtype(folder, source)
+    kept = ("embedding", "head", "vision tower", "adapter")
+    return "BF16" if source.spec.group in kept else stored_dtype(folder, source)
 
 
 def _unknown_names(folder: CheckpointFolder, sources: list[Source], config: ErnieConfig) -> list[str]:
@@ -148,7 +150,7 @@ class _Quantising:
 def _weight(folder: CheckpointFolder, source: Source) -> Iterator[tuple[np.ndarray, str]]:
     """The -Paddle tensor and its dtype: a view of the file where it holds just that."""
     (part, *others) = source.parts
-    if others or part.transposed or part.columns is not None:
+    if others or not part.is_whole:
         yield assemble(folder, source)
     else:
         yield folder.read(part.name), folder.tensors[part.name].dtype

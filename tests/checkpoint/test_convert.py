@@ -15,6 +15,7 @@ from ernie45.checkpoint.convert import convert_checkpoint
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.causal_lm import ErnieForCausalLM
+from ernie45.models.vision_language import ErnieForConditionalGeneration
 from tests.helpers.tiny import (
     DENSE,
     MOE,
@@ -25,6 +26,7 @@ from tests.helpers.tiny import (
     tiny_model,
     write_folder,
 )
+from tests.helpers.vision import vision_config, write_vision_folder
 
 OTHER = {"paddle": "pt", "pt": "paddle"}
 MTP = {**MOE, "num_nextn_predict_layers": 2}
@@ -54,7 +56,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @layouts
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "vl"])
 def test_the_reference_checkpoints_convert_into_each_other(
     reference: Path, kind: str, layout: str, tmp_path: Path
 ) -> None:
@@ -110,6 +112,66 @@ def test_parts_of_different_dtypes_meet_in_float32(tmp_path: Path) -> None:
     dtype, fused = there["ernie.layers.0.self_attn.qkv_proj.weight"]
     assert dtype == "F32"
     assert (cast(tensors[name], "F32")[1] == fused[:, 32:48].T).all()
+
+
+# Vision-language checkpoints.
+
+
+@layouts
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False, "moe_layer_end_index": [2, 1]}])
+def test_a_vision_language_model_saved_is_what_is_converted(
+    change: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    """Head, and a layer without the vision bank, included; in either layout and dtype."""
+    source = write_vision_folder(tmp_path / "source", vision_config(**change), layout=layout)
+    model = ErnieForConditionalGeneration.from_pretrained(source, dtype="float32", progress=False)
+    for other in ("paddle", "pt"):
+        for dtype in ("float32", "bfloat16"):
+            model.save_pretrained(tmp_path / "saved", layout=other, dtype=dtype, progress=False)
+            found = convert(source, tmp_path / "found", layout=other, dtype=dtype)
+            assert same_bits(read_folder(found), read_folder(tmp_path / "saved"))
+            saved, converted = (ErnieConfig.from_pretrained(tmp_path / name) for name in ("saved", "found"))
+            converted = converted.replace(num_nextn_predict_layers=0)  # the model says that it has none
+            assert saved.replace(extra={}) == converted.replace(extra={}) and saved.vision == converted.vision
+            assert config_of(found)["architectures"] == ["Ernie4_5_VLMoeForConditionalGeneration"]
+    assert same_bits(
+        read_folder(convert(tmp_path / "found", tmp_path / "back", layout=layout)),
+        {name: tensor if is_routing(name) else cast(tensor, "BF16") for name, tensor in read_folder(source).items()},
+    )
+
+
+def is_routing(name: str) -> bool:
+    return ".mlp.gate." in name or name.endswith("correction_bias")
+
+
+@layouts
+@pytest.mark.parametrize("prefix", ["", "ernie.", "model."])
+def test_vision_tensors_get_their_usual_names(reference: Path, prefix: str, layout: str, tmp_path: Path) -> None:
+    source = reference / "vl" / layout
+    tensors = {
+        prefix + name.removeprefix("ernie.").removeprefix("model.")
+        if "vision_model." in name or "resampler_model." in name
+        else name: tensor
+        for name, tensor in read_folder(source).items()
+    }
+    folder = write_folder(tmp_path / "renamed", config_of(source), tensors)
+    for other in ("paddle", "pt"):
+        found = convert(folder, tmp_path / f"{other} again", layout=other)
+        assert same_bits(read_folder(found), read_folder(reference / "vl" / other))
+
+
+def test_files_of_a_processor_are_copied(tmp_path: Path) -> None:
+    source = write_vision_folder(tmp_path / "source")
+    names = ["preprocessor_config.json", "chat_template.json", "chat_template.jsonl", "video_preprocessor_config.json"]
+    for name in names:
+        (source / name).write_text(f'{{"name": "{name}"}}', encoding="utf-8")
+    expected = {name: content for name, content in files(source).items() if name not in WRITTEN}
+    found = files(convert(source, tmp_path / "there", layout="pt"))
+    assert {name: content for name, content in found.items() if name not in WRITTEN} == expected
+    assert set(names) < expected.keys() and "tokenizer.model" in expected
+
+
+WRITTEN = ("config.json", "model.safetensors")
 
 
 # What is carried along.

@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 
 from ernie45.checkpoint.convert import convert_checkpoint
 from ernie45.checkpoint.dtypes import DTYPES
-from ernie45.config import ADAPTER_LIMITS, VISION_LIMITS, ErnieConfig
+from ernie45.config import ADAPTER_LIMITS, VISION_LIMITS, VISION_TOKENS, ErnieConfig
 from ernie45.errors import ErnieError
 from ernie45.models.causal_lm import ErnieForCausalLM
-from tests.helpers.tiny import MOE, Stored, read_folder, tiny_model, write_folder
+from ernie45.models.pretrained import PretrainedModel
+from ernie45.models.vision_language import ErnieForConditionalGeneration
+from tests.helpers.tiny import MOE, Stored, empty_like, read_folder, tiny_model, write_folder
+from tests.helpers.vision import vision_config, write_vision_folder
 
 KEYS = {**MOE, "num_nextn_predict_layers": 1}
 
@@ -41,16 +44,22 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.fixture(scope="module", params=["paddle", "pt"])
+def vision_language(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(f"vl-{request.param}")
+    return write_vision_folder(folder, vision_config(), layout=request.param)
+
+
 @contextmanager
 def copy_of(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(shutil.copytree(folder, Path(temporary) / "copy"))
 
 
-def loads(folder: Path, **options: Any) -> bool:
+def loads(folder: Path, kind: type[PretrainedModel] = ErnieForCausalLM, **options: Any) -> bool:
     """Whether it loads; an ErnieError must say where the problem is."""
     try:
-        ErnieForCausalLM.from_pretrained(folder, progress=False, mtp=True, **options)
+        kind.from_pretrained(folder, progress=False, mtp=True, **options)
     except ErnieError as error:
         assert len(str(error)) > 20
         return False
@@ -103,16 +112,36 @@ def test_damaged_config(whole: Path, deleted: set[str], replaced: dict[str, Any]
         converts(folder)
 
 
-@settings(max_examples=40)
-@given(
-    vision=st.dictionaries(st.sampled_from([*VISION_LIMITS, "mlp_ratio"]), VALUES, max_size=2),
-    adapter=st.dictionaries(st.sampled_from(sorted(ADAPTER_LIMITS)), VALUES, max_size=1),
-)
-def test_damaged_vision_config(whole: Path, vision: dict[str, Any], adapter: dict[str, Any]) -> None:
+@settings(max_examples=20)
+@given(vision=st.dictionaries(st.sampled_from([*VISION_LIMITS, "mlp_ratio"]), VALUES, max_size=2))
+def test_a_vision_config_with_the_tensors_of_a_text_model(whole: Path, vision: dict[str, Any]) -> None:
     with copy_of(whole) as folder:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps({**config, "vision_config": vision, **adapter}))
+        (folder / "config.json").write_text(json.dumps({**config, "vision_config": vision}))
         assert not loads(folder) and not converts(folder)
+
+
+BANK_KEYS = ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index")
+SECTIONS = VALUES | st.lists(VALUES, min_size=3, max_size=3)
+
+
+@settings(max_examples=60)
+@given(
+    vision=st.dictionaries(st.sampled_from([*VISION_LIMITS, "mlp_ratio"]), VALUES, max_size=2),
+    top=st.dictionaries(st.sampled_from([*ADAPTER_LIMITS, *VISION_TOKENS, "freq_allocation"]), VALUES, max_size=2),
+    banks=st.dictionaries(st.sampled_from(BANK_KEYS), VALUES | st.lists(st.integers(0, 4), max_size=3), max_size=1),
+    rope=st.none() | st.fixed_dictionaries({"mrope_section": SECTIONS}),
+)
+def test_damaged_vision_config(
+    vision_language: Path, vision: dict[str, Any], top: dict[str, Any], banks: dict[str, Any], rope: Any
+) -> None:
+    with copy_of(vision_language) as folder:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        damaged = {**config, **top, **banks, "vision_config": {**config["vision_config"], **vision}}
+        (folder / "config.json").write_text(json.dumps({**damaged, "rope_scaling": rope}), encoding="utf-8")
+        converted = converts(folder)
+        assert converted or not loads(folder, ErnieForConditionalGeneration)
+        loads(folder)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "moe_num_experts", "num_attention_heads", "head_dim"])
@@ -223,3 +252,33 @@ def test_damaged_tensors(whole: Path, data: st.DataObject, several: list[tuple[s
         write_folder(folder, config, tensors, max_shard_bytes=60_000)
         loads(folder, dtype="bfloat16")
         converts(folder)
+
+
+def test_the_undamaged_vision_language_folder_loads(vision_language: Path) -> None:
+    with copy_of(vision_language) as folder:
+        assert loads(folder) and loads(folder, ErnieForConditionalGeneration) and converts(folder)
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    changes=st.lists(st.sampled_from(["remove", "reshape", "store twice", "rename"]), min_size=1, max_size=3),
+)
+def test_damaged_vision_tensors(vision_language: Path, data: st.DataObject, changes: list[str]) -> None:
+    """The text part loads from what the whole model refuses. Only another prefix does no harm."""
+    with copy_of(vision_language) as folder:
+        tensors: Stored = read_folder(folder)
+        visual = sorted(name for name in tensors if "vision_model." in name or "resampler_model." in name)
+        for change in changes:
+            name = visual.pop(data.draw(st.integers(0, len(visual) - 1)))
+            stored = tensors.pop(name)
+            stem = name.removeprefix("ernie.").removeprefix("model.")
+            if change == "rename":
+                tensors[data.draw(st.sampled_from(["", "ernie.", "model."])) + stem] = stored
+            elif change == "reshape":
+                tensors[name] = empty_like("F32", 3)
+            elif change == "store twice":
+                tensors["ernie." + stem], tensors["model." + stem] = stored, stored
+        write_folder(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")), tensors)
+        whole_loads = loads(folder, ErnieForConditionalGeneration)
+        assert loads(folder) and whole_loads == converts(folder) == (set(changes) == {"rename"})

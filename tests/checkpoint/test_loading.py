@@ -138,7 +138,7 @@ def test_dense_weights_and_experts_in_different_kinds(kind: str, tmp_path: Path)
     folder = write_folder(tmp_path / "mixed", config, tensors)
     model = open_model(folder)
     assert same_bits(stored_form(model), read_folder(folder))
-    bank = model.ernie.layers[1].mlp.experts[0]
+    bank = model.ernie.layers[1].mlp.experts["0"]
     assert bank.down_proj.kind == other and model.ernie.layers[1].self_attn.o_proj.weight.kind == kind
     ids = token_ids(2, 5)
     with paddle.no_grad():

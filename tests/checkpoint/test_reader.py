@@ -14,7 +14,10 @@ import paddle
 import pytest
 
 from ernie45.checkpoint import reader
-from ernie45.checkpoint.names import checkpoint_tensors
+from ernie45.checkpoint.convert import assemble
+from ernie45.checkpoint.folder import CheckpointFolder
+from ernie45.checkpoint.names import checkpoint_tensors, settle_config, text_part_tensors
+from ernie45.checkpoint.reader import find_sources
 from ernie45.config import ErnieConfig
 from ernie45.errors import CheckpointError, ConfigError, ErnieError
 from ernie45.models.causal_lm import ErnieForCausalLM
@@ -34,6 +37,7 @@ from tests.helpers.tiny import (
     tiny_model,
     write_folder,
 )
+from tests.helpers.vision import vision_config, write_vision_folder
 
 MTP = {**MOE, "num_nextn_predict_layers": 1}
 
@@ -270,10 +274,158 @@ def test_config_and_weights_are_both_reported(tmp_path: Path) -> None:
     assert "config.json" in str(caught.value) and "model.safetensors" in str(caught.value)
 
 
-def test_vision_language_checkpoints_are_refused(tmp_path: Path) -> None:
-    config, tensors = damaged(tmp_path)
-    with pytest.raises(ConfigError, match="vision-language checkpoints are not supported yet"):
-        load(write_folder(tmp_path, config | {"vision_config": {"depth": 2}}, tensors))
+# Vision-language checkpoints.
+
+
+def is_tower(name: str) -> bool:
+    return name.startswith("vision_model.")
+
+
+def is_adapter(name: str) -> bool:
+    return "resampler_model." in name
+
+
+def renamed(tensors: Stored, tower: str, adapter: str) -> Stored:
+    """The same tensors, those of tower and adapter under other prefixes."""
+
+    def new_name(name: str) -> str:
+        if is_adapter(name):
+            return adapter + name[name.index("resampler_model.") :]
+        return tower + name if is_tower(name) else name
+
+    return {new_name(name): tensor for name, tensor in tensors.items()}
+
+
+def assembled(path: Path) -> dict[str, np.ndarray]:
+    """Every -Paddle tensor of a folder."""
+    with CheckpointFolder(path) as folder:
+        config = settle_config(ErnieConfig.from_pretrained(path), folder.tensors)
+        sources, problems = find_sources(folder, checkpoint_tensors(config))
+        assert problems == []
+        return {source.spec.name: assemble(folder, source)[0] for source in sources}
+
+
+def problems_of(path: Path, text_only: bool = False) -> list[str]:
+    config = ErnieConfig.from_pretrained(path)
+    with CheckpointFolder(path) as folder:
+        return find_sources(folder, text_part_tensors(config) if text_only else checkpoint_tensors(config))[1]
+
+
+@layouts
+@pytest.mark.parametrize("tower", ["", "ernie.", "model."])
+@pytest.mark.parametrize("adapter", ["", "ernie.", "model."])
+def test_every_prefix_of_tower_and_adapter(
+    reference: Path, layout: str, tower: str, adapter: str, tmp_path: Path
+) -> None:
+    """The orientation follows the names of the text tensors: the weights below are square, shapes do not tell."""
+    source = reference / "vl" / layout
+    expected = {name: tensor for name, (_, tensor) in read_folder(reference / "vl" / "paddle").items()}
+    folder = write_folder(tmp_path, config_of(source), renamed(read_folder(source), tower, adapter))
+    found = assembled(folder)
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+@layouts
+@pytest.mark.parametrize("prefix", ["", "ernie.", "model."])
+def test_what_is_wrong_with_vision_tensors_is_named(reference: Path, layout: str, prefix: str, tmp_path: Path) -> None:
+    source = reference / "vl" / layout
+    stem = "ernie" if layout == "paddle" else "model"
+    tensors = renamed(read_folder(source), prefix, prefix)
+    del tensors[f"{prefix}vision_model.blocks.1.attn.proj.weight"], tensors[f"{prefix}resampler_model.mlp.bias"]
+    tensors[f"{prefix}vision_model.ln.bias"] = empty_like("F32", 63)
+    tensors[f"{prefix}resampler_model.spatial_linear.2.weight"] = empty_like("I32", 256, 256)
+    del tensors[f"{stem}.layers.1.mlp.gate.weight_1"]
+    tensors[f"{stem}.layers.2.mlp.moe_statics.e_score_correction_bias"] = empty_like("F32", 1, 8)
+    folder = write_folder(tmp_path, config_of(source), tensors)
+    assert problems_of(folder) == [
+        f"{stem}.layers.1.mlp.gate.weight_1: missing, expected shape [64, 8]",
+        f"{stem}.layers.2.mlp.moe_statics.e_score_correction_bias: shape [1, 8] in model.safetensors, expected [2, 8]",
+        "vision_model.blocks.1.attn.proj.weight: missing, expected shape [64, 64]",
+        f"{prefix}vision_model.ln.bias: shape [63] in model.safetensors, expected [64]",
+        f"{prefix}resampler_model.spatial_linear.2.weight: dtype I32 in model.safetensors, "
+        "expected one of BF16, F16, F32, F64",
+        f"{stem}.resampler_model.mlp.bias: missing, expected shape [64]",
+    ]
+    assert problems_of(folder, text_only=True) == problems_of(folder)[1:2], "nothing else is looked at"
+
+
+@layouts
+def test_a_vision_tensor_that_is_stored_twice(reference: Path, layout: str, tmp_path: Path) -> None:
+    source = reference / "vl" / layout
+    tensors = read_folder(source)
+    tensors["ernie.vision_model.ln.bias"] = tensors["vision_model.ln.bias"]
+    folder = write_folder(tmp_path, config_of(source), tensors)
+    assert problems_of(folder) == ["vision_model.ln.bias: stored again as ernie.vision_model.ln.bias; keep one of them"]
+
+
+@layouts
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True, "moe_layer_end_index": [2, 1]}])
+def test_vision_language_tensors_of_either_head_and_every_range_of_banks(
+    change: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    """Where embeddings are tied, a copy that is stored as lm_head is not read."""
+    folder = write_vision_folder(tmp_path, vision_config(**{"tie_word_embeddings": False, **change}), layout=layout)
+    tensors = read_folder(folder)
+    if change:
+        tensors["lm_head.weight"] = empty_like("F32", 2561, 32)
+        write_folder(folder, config_of(folder), tensors)
+    found = assembled(folder)
+    assert ("lm_head.weight" in found) == (not change)
+    experts = {name for name in found if name.startswith("ernie.layers.2.mlp.experts.") and "down" in name}
+    assert len(experts) == (4 if change else 8)
+
+
+@layouts
+def test_the_text_model_inside(reference: Path, layout: str) -> None:
+    """Its router is stored as in a vision-language file, and its bias is the first row of the one there."""
+    loaded = load(reference / "vl" / layout, dtype="float32").state_dict()
+    expected = {name: tensor for name, (_, tensor) in read_folder(reference / "vl" / "paddle").items()}
+    names = [
+        spec.name for spec in checkpoint_tensors(ErnieConfig.from_pretrained(reference / "vl" / layout).text_part())
+    ]
+    assert sorted(loaded) == sorted(names)
+    for name, tensor in loaded.items():
+        wanted = expected[name][:1] if name.endswith(".e_score_correction_bias") else expected[name]
+        assert tensor.shape == list(wanted.shape) and (tensor.numpy() == wanted).all(), name
+
+
+@layouts
+def test_the_text_model_reads_no_vision_tensor(
+    reference: Path, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it miss them: a checkpoint without them is still a text model."""
+    source = reference / "vl" / layout
+    read: list[str] = []
+    correct = CheckpointFolder.read
+
+    def recording(folder: CheckpointFolder, name: str) -> np.ndarray:
+        read.append(name)
+        return correct(folder, name)
+
+    monkeypatch.setattr(CheckpointFolder, "read", recording)
+    model = load(source, dtype="float32")
+    late = [f"experts.{expert}." for expert in range(8, 16)]
+    vision = [name for name in read if is_tower(name) or is_adapter(name) or any(part in name for part in late)]
+    assert read and not vision and not [name for name in read if name.endswith("weight_1")]
+    tensors = {name: tensor for name, tensor in read_folder(source).items() if name in read}
+    assert same_weights(load(write_folder(tmp_path, config_of(source), tensors), dtype="float32"), model)
+
+
+@layouts
+def test_the_text_model_saved_is_a_text_checkpoint(reference: Path, layout: str, tmp_path: Path) -> None:
+    model = load(reference / "vl" / layout, dtype="float32")
+    for other in ("paddle", "pt"):
+        model.save_pretrained(tmp_path / other, layout=other, progress=False)
+        assert ErnieConfig.from_pretrained(tmp_path / other).model_type == "ernie4_5_moe"
+        assert same_weights(load(tmp_path / other, dtype="float32"), model)
+
+
+def test_a_layer_with_vision_experts_alone_has_no_text_model(tmp_path: Path) -> None:
+    folder = write_vision_folder(tmp_path, vision_config(moe_layer_end_index=[1, 2]))
+    assembled(folder)
+    with pytest.raises(ConfigError, match="layer 2 has experts of the vision bank alone"):
+        load(folder)
 
 
 # Memory.

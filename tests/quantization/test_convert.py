@@ -37,6 +37,7 @@ from tests.helpers.tiny import (
     tiny_model,
     write_folder,
 )
+from tests.helpers.vision import vision_config, write_vision_folder
 
 MTP = {**MOE, "num_nextn_predict_layers": 1}
 EMBEDDINGS = ("wint8", "wint4", "bfloat16")
@@ -166,6 +167,68 @@ def test_each_weight_is_quantised_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "quantize", counting)
     after = read_folder(quantised(make(tmp_path / "source"), tmp_path / "there", "wint4", max_shard_bytes=1000))
     assert len(calls) == sum(name.endswith(".quant_weight") for name in after)
+
+
+# Vision-language checkpoints.
+
+
+@kinds
+@pytest.mark.parametrize("layout", ["paddle", "pt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vision_experts_are_quantised_and_the_tower_is_not(kind: str, layout: str, dtype: str, tmp_path: Path) -> None:
+    """Tower and adapter, norms and biases included, are bfloat16, whatever they were."""
+    config = vision_config(moe_layer_end_index=[2, 1])
+    source = tmp_path / "source"
+    convert_checkpoint(
+        write_vision_folder(tmp_path / "first", config), source, layout=layout, dtype=dtype, progress=False
+    )
+    (source / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    there = quantised(source, tmp_path / "there", kind)
+    after, before = read_folder(there), read_folder(tmp_path / "first")
+    visual = [name for name in before if name.startswith(("vision_model.", "ernie.resampler_model."))]
+    assert visual and same_bits(
+        {name: after[name] for name in visual}, {name: cast(before[name], "BF16") for name in visual}
+    )
+    for name in (".experts.4.up_gate_proj", ".experts.7.down_proj", ".shared_experts.down_proj"):
+        full = f"ernie.layers.1.mlp{name}"
+        weight = before[f"{full}.weight"] if dtype == "float32" else cast(before[f"{full}.weight"], "BF16")
+        expected = quantize(weight[1], weight[0], kind)
+        assert (after[f"{full}.quant_weight"][1] == expected.codes).all()
+        assert (after[f"{full}.weight_scale"][1] == expected.scales).all() and f"{full}.weight" not in after
+    for name in ("gate.weight", "gate.weight_1", "moe_statics.e_score_correction_bias"):
+        assert after[f"ernie.layers.2.mlp.{name}"][0] == "F32"
+    settled = settle_config(ErnieConfig.from_pretrained(there), after)
+    whole = checkpoint_tensors(settled)
+    norms = sum(spec.size for spec in whole if spec.group == "norms") * (2 if dtype == "float32" else 0)
+    stored = sum(array.nbytes for _, array in after.values())
+    assert weight_bytes(whole, "bfloat16", settled.quantization_config) == stored - norms
+    assert not sources_of(there)[1] and (there / "preprocessor_config.json").exists()
+
+
+@kinds
+def test_quantised_vision_language_weights_back_to_floats(kind: str, tmp_path: Path) -> None:
+    source = write_vision_folder(tmp_path / "source")
+    there = quantised(source, tmp_path / "there", kind)
+    for layout in ("paddle", "pt"):
+        convert_checkpoint(there, tmp_path / layout, layout=layout, dtype="float32", progress=False)
+    convert_checkpoint(tmp_path / "pt", tmp_path / "back", layout="paddle", progress=False)
+    found, before = read_folder(tmp_path / "paddle"), read_folder(source)
+    assert same_bits(read_folder(tmp_path / "back"), found) and found.keys() == before.keys()
+    name = "ernie.layers.1.mlp.experts.6.down_proj.weight"
+    assert (found[name][1] == dequantize(quantize(before[name][1], "F32", kind))).all()
+    name = "ernie.resampler_model.mlp.weight"
+    assert same_bits({name: found[name]}, {name: cast(cast(before[name], "BF16"), "F32")})
+
+
+@kinds
+def test_the_text_part_of_quantised_vision_language_weights(kind: str, tmp_path: Path) -> None:
+    """Quantising a checkpoint and taking its text part is the same in either order."""
+    source = write_vision_folder(tmp_path / "source")
+    there = quantised(source, tmp_path / "there", kind)
+    expected = ErnieForCausalLM.from_pretrained(source, quantization=kind, progress=False).state_dict()
+    found = ErnieForCausalLM.from_pretrained(there, progress=False).state_dict()
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in found)
 
 
 # Reading.

@@ -16,6 +16,7 @@ from ernie45.checkpoint.reader import QuantisedSource, find_sources, quantised_s
 from ernie45.config import ErnieConfig
 from ernie45.quantization.weights import dequantize
 from tests.helpers.tiny import DENSE, MOE, as_float32, read_folder
+from tests.helpers.vision import VISION
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tools")]
@@ -41,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("keys", [LARGE, MTP], ids=["dense", "moe"])
+@pytest.mark.parametrize("keys", [LARGE, MTP, VISION], ids=["dense", "moe", "vision-language"])
 @pytest.mark.parametrize("layout", ["paddle", "pt"])
 def test_every_tensor_of_the_architecture(
     keys: dict[str, Any], layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,7 +53,7 @@ def test_every_tensor_of_the_architecture(
         assert not problems and opened.tensors.keys() == {name for source in sources for name in source.names}
 
 
-@pytest.mark.parametrize("keys", [LARGE, MTP], ids=["dense", "moe"])
+@pytest.mark.parametrize("keys", [LARGE, MTP, VISION], ids=["dense", "moe", "vision-language"])
 @pytest.mark.parametrize("embedding", ["wint8", "wint4", "bfloat16"])
 @pytest.mark.parametrize("kind", ["wint8", "wint4"])
 def test_every_tensor_of_the_quantised_architecture(
@@ -86,6 +87,19 @@ def test_weights_have_the_deviation_of_the_initialisation(
         assert abs(weight.mean()) < 0.02 * expected
         assert np.abs(weight).max() < 6 * expected
         assert not (weight[0] == weight[1]).all()
+
+
+@pytest.mark.parametrize("options", [[], ["--layout", "pt"], ["--quantization", "wint4"]])
+def test_norms_are_1_and_biases_0(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The correction bias too; routers, of which there are two in a layer, are drawn like matrices."""
+    tensors = read_folder(write(tmp_path / "new", monkeypatch, *options, keys=VISION))
+    constant = {name for name, (_, array) in tensors.items() if len(np.unique(array)) == 1}
+    biases = {name for name in tensors if name.endswith("bias")}
+    norms = {name for name in tensors if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", ".ln.weight"))}
+    norms |= {name for name in tensors if name.endswith("_linear.3.weight")}
+    assert len(biases) == 2 + 6 * 2 + 1 + 7 and len(norms) == 7 + 2 * 2 + 1 + 3 and constant == biases | norms
+    assert all((as_float32(tensors[name]) == 0).all() for name in biases)
+    assert all((as_float32(tensors[name]) == 1).all() for name in norms)
 
 
 @pytest.mark.parametrize("options", [[], ["--quantization", "wint4"]])

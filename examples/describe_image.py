@@ -1,0 +1,43 @@
+"""Describes pictures, or answers a question about them.
+
+python examples/describe_image.py photo.jpg
+python examples/describe_image.py before.png after.png --question "What has changed?" --quantization wint4
+python examples/describe_image.py https://example.com/photo.jpg --model ERNIE-4.5-VL-28B-A3B-wint4 --thinking
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ernie45 import ErnieForConditionalGeneration, ErnieProcessor, parse_response
+from ernie45.chat import prompt_opens_thinking
+
+
+def main() -> None:
+    """Prints the answer as it comes; reasoning, if there is any, in front of it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("images", nargs="+", help="files or URLs")
+    parser.add_argument("--question", default="Describe this picture.")
+    parser.add_argument("--model", default="baidu/ERNIE-4.5-VL-28B-A3B-Paddle", help="folder or hub name")
+    parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="think before answering")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    options = parser.parse_args()
+
+    processor = ErnieProcessor.from_pretrained(options.model)
+    pictures = [{"type": "image_url", "image_url": {"url": image}} for image in options.images]
+    messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": options.question}]}]
+    inputs = processor(messages, enable_thinking=options.thinking)  # wrong pictures are reported before the long work
+
+    model = ErnieForConditionalGeneration.from_pretrained(options.model, quantization=options.quantization)
+    ids, _ = model.generate(**inputs, tokenizer=processor.tokenizer, max_new_tokens=options.max_new_tokens)
+    opened = prompt_opens_thinking(processor.apply_chat_template(messages, enable_thinking=options.thinking))
+    response = parse_response(processor.decode(ids[0].tolist()), "ernie-45-vl", prompt_opened_thinking=opened)
+    if response.reasoning:
+        print(f"(thinking: {response.reasoning.strip()})\n")
+    print(response.content)
+    print(f"[{int(inputs['attention_mask'].sum())} tokens of prompt, {ids.shape[1]} of answer]")
+
+
+if __name__ == "__main__":
+    main()
