@@ -20,6 +20,7 @@ __all__ = [
     "Response",
     "THINKING_TEMPLATE",
     "ToolCall",
+    "VISION_TEMPLATE",
     "check_messages",
     "choose_template",
     "parse_response",
@@ -98,6 +99,62 @@ THINKING_TEMPLATE = r"""
 {%- endif -%}
 """
 
+# The vision-language models. A part of type image_url or video_url becomes the marker in whose place `ErnieProcessor`
+# puts the tokens of the picture or video. Thinks only where enable_thinking is true.
+VISION_TEMPLATE = r"""
+{%- set seen = namespace(pictures=0, videos=0) %}
+{%- macro say(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- else %}
+        {%- for part in content or [] %}
+            {%- if part.type == 'text' %}
+                {{- part.text }}
+            {%- elif part.type == 'image_url' %}
+                {%- set seen.pictures = seen.pictures + 1 %}
+                {{- 'Picture ' ~ seen.pictures ~ ':<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>' }}
+            {%- elif part.type == 'video_url' %}
+                {%- set seen.videos = seen.videos + 1 %}
+                {{- 'Video ' ~ seen.videos ~ ':<|VIDEO_START|><|video@placeholder|><|VIDEO_END|>' }}
+            {%- else %}
+                {{- raise_exception('the built-in vision chat template has no part of type ' + part.type) }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{{- cls_token }}
+{%- if tools %}
+    {{- '\n<tool_list>\n' + tools | tojson + '\n</tool_list>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- say(message.content) + '\n' }}
+    {%- elif message.role == 'user' %}
+        {{- 'User: ' + say(message.content) + '\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- 'User: <tool_output>\n' + say(message.content) + '\n</tool_output>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- 'Assistant: ' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>\n' + message.reasoning_content + '\n</think>\n' }}
+        {%- endif %}
+        {{- say(message.content) }}
+        {%- for call in message.tool_calls or [] %}
+            {%- set function = call.function or call %}
+            {%- set arguments = function.arguments %}
+            {{- '\n<tool_call>\n{"name": ' + function.name | tojson + ', "arguments": ' }}
+            {{- (arguments if arguments is string else arguments | tojson) + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- sep_token }}
+    {%- else %}
+        {{- raise_exception('the built-in vision chat template has no role ' + message.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant: ' + ('<think>' if enable_thinking else '<think>\n\n</think>\n\n') }}
+{%- endif -%}
+"""
+
 
 def choose_template(
     templates: Mapping[str, str], requested: str | None, *, has_tools: bool, thinks_in_turns: bool
@@ -158,19 +215,19 @@ def render_chat(template: str, messages: Sequence[Message], **variables: Any) ->
         ) from error
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise ErnieError unless `messages` is one conversation in the OpenAI form."""
+def check_messages(messages: Sequence[Message], where: str = "messages") -> None:
+    """Raise ErnieError unless `messages`, which errors call `where`, is one conversation in the OpenAI form."""
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ErnieError(
-            f'messages is {_short(messages)}, expected a list such as [{{"role": "user", "content": "Hello"}}].'
+            f'{where} is {_short(messages)}, expected a list such as [{{"role": "user", "content": "Hello"}}].'
         )
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ErnieError(
-                f"messages[{index}] is {_short(message)}, expected a dict with role and content "
+                f"{where}[{index}] is {_short(message)}, expected a dict with role and content "
                 "(render several conversations one by one)."
             )
-        _check_message(message, f"messages[{index}]")
+        _check_message(message, f"{where}[{index}]")
 
 
 def _check_message(message: Message, where: str) -> None:

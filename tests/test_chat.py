@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ernie45.chat import (
     PLAIN_TEMPLATE,
     THINKING_TEMPLATE,
+    VISION_TEMPLATE,
     Response,
     ToolCall,
     choose_template,
@@ -37,6 +38,11 @@ def plain(messages, add_generation_prompt=True, **variables) -> str:
 
 def thinking(messages, add_generation_prompt=True, **variables) -> str:
     return render_chat(THINKING_TEMPLATE, messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def vision(messages, add_generation_prompt=True, **variables) -> str:
+    roles = {"cls_token": BEGIN, "sep_token": END}
+    return render_chat(VISION_TEMPLATE, messages, add_generation_prompt=add_generation_prompt, **roles, **variables)
 
 
 @functools.cache
@@ -147,6 +153,63 @@ def test_thinking_template_of_tool_calls_and_results(arguments):
 def test_thinking_template_rejects_a_late_system_message():
     with pytest.raises(ErnieError, match="no role system here"):
         thinking([*QUESTION, {"role": "system", "content": "S"}])
+
+
+# ---- the vision template
+
+IMAGE, VIDEO = {"type": "image_url", "image_url": {"url": ""}}, {"type": "video_url", "video_url": {"url": ""}}
+IMAGE_PLACE = "<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>"
+VIDEO_PLACE = "<|VIDEO_START|><|video@placeholder|><|VIDEO_END|>"
+
+
+def test_vision_template_numbers_pictures_and_videos_over_the_whole_conversation():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "and"}, VIDEO, IMAGE]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [VIDEO, IMAGE, {"type": "text", "text": "?"}]},
+    ]
+    expected = (
+        f"{BEGIN}Be brief.\nUser: Picture 1:{IMAGE_PLACE}andVideo 1:{VIDEO_PLACE}Picture 2:{IMAGE_PLACE}\n"
+        f"Assistant: Yes.{END}User: Video 2:{VIDEO_PLACE}Picture 3:{IMAGE_PLACE}?\n"
+    )
+    assert vision(messages, add_generation_prompt=False) == expected
+    assert vision(messages) == expected + "Assistant: <think>\n\n</think>\n\n"
+
+
+def test_vision_template_thinks_only_when_asked():
+    closed = f"{BEGIN}User: Hi\nAssistant: <think>\n\n</think>\n\n"
+    assert vision(QUESTION) == vision(QUESTION, enable_thinking=False) == closed
+    assert vision(QUESTION, enable_thinking=True) == f"{BEGIN}User: Hi\nAssistant: <think>"
+    assert prompt_opens_thinking(closed) is False
+    assert prompt_opens_thinking(vision(QUESTION, enable_thinking=True)) is True
+
+
+@pytest.mark.parametrize("arguments", [{"city": "北京"}, '{"city": "北京"}'])
+def test_vision_template_of_tools(arguments):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "assistant", "content": None, "reasoning_content": "R", "tool_calls": [call]},
+        {"role": "tool", "content": [{"type": "text", "text": "a map: "}, IMAGE]},
+    ]
+    assert vision(messages, tools=[{"name": "weather"}]).removesuffix("<think>\n\n</think>\n\n") == (
+        f'{BEGIN}\n<tool_list>\n[{{"name": "weather"}}]\n</tool_list>\nS\nAssistant: <think>\nR\n</think>\n'
+        '\n<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+        f"{END}User: <tool_output>\na map: Picture 1:{IMAGE_PLACE}\n</tool_output>\nAssistant: "
+    )
+
+
+def test_vision_template_of_text_is_the_plain_one():
+    messages = [{"role": "system", "content": "S"}, *QUESTION, {"role": "assistant", "content": "A"}, *QUESTION]
+    assert vision(messages, add_generation_prompt=False) == plain(messages, add_generation_prompt=False)
+
+
+def test_vision_template_rejects_what_it_cannot_say():
+    with pytest.raises(ErnieError, match="no role observer"):
+        vision([{"role": "observer", "content": "x"}])
+    with pytest.raises(ErnieError, match="no part of type audio"):
+        vision([{"role": "user", "content": [{"type": "audio"}]}])
 
 
 # ---- a checkpoint's own template

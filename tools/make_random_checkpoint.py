@@ -2,6 +2,7 @@
 
     python tools/make_random_checkpoint.py --config configs/ernie-4.5-0.3b.json --output random-0.3b
     python tools/make_random_checkpoint.py --config configs/ernie-4.5-21b-a3b.json --output x --quantization wint4
+    python tools/make_random_checkpoint.py --config tools/tiny_vision.json --tokenizer ernie45-tiny --output random-vl
 
 Matrices are normal with the initialisation's deviation, norms are 1, biases 0. Values repeat from a pool of a few
 million numbers, since drawing 21 billion would take longer than everything else. Quantised weights are drawn as codes
@@ -35,7 +36,15 @@ from ernie45.config import ErnieConfig
 from ernie45.errors import ErnieError
 from ernie45.quantization.config import EMBEDDING_CHOICES, GROUP_SIZE, KINDS, WINT8, QuantizationConfig
 from ernie45.quantization.weights import quantize
+from ernie45.tokenizer import ErnieTokenizer
 
+VISION_TOKENS = {
+    "im_patch_id": "<|IMAGE_PLACEHOLDER|>",
+    "image_start_token_id": "<|IMAGE_START|>",
+    "image_end_token_id": "<|IMAGE_END|>",
+    "video_start_token_id": "<|VIDEO_START|>",
+    "video_end_token_id": "<|VIDEO_END|>",
+}
 POOL_SIZE = 2**22 - 3  # coprime to the usual row lengths, so that rows differ
 
 
@@ -108,6 +117,28 @@ def write_random_checkpoint(
     write_json_atomic(folder / "config.json", config.replace(dtype=dtype).to_dict(layout))
 
 
+def copy_tokenizer(name: str, config: ErnieConfig, folder: Path) -> ErnieConfig:
+    """Writes the tokenizer of another checkpoint, and returns the config with the ids that it has for pictures.
+
+    Its chat template goes along only for a text model, because one for text has no place for pictures.
+
+    Raises:
+        ErnieError: there is no such tokenizer, or it has more tokens than the vocabulary.
+    """
+    tokenizer = ErnieTokenizer.from_pretrained(name)
+    if len(tokenizer) > config.vocab_size:
+        raise ErnieError(f"--tokenizer {name}: has {len(tokenizer)} tokens, but vocab_size is {config.vocab_size}")
+    tokenizer.save_pretrained(folder)
+    if config.vision is None:
+        return config
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    content.pop("chat_template", None)
+    write_json_atomic(settings, content)
+    ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in VISION_TOKENS.items()}
+    return config.replace(extra={**config.extra, **ids})
+
+
 def _plans(
     weights: RandomWeights, spec: TensorSpec, config: ErnieConfig, layout: str, dtype: str
 ) -> Iterator[TensorPlan]:
@@ -134,6 +165,7 @@ def main() -> int:
     parser.add_argument(
         "--embedding", choices=EMBEDDING_CHOICES, default=WINT8, help="embedding and head, if quantised"
     )
+    parser.add_argument("--tokenizer", help="copy the tokenizer of this checkpoint, so that texts go in and come out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES)
     options = parser.parse_args()
@@ -142,6 +174,9 @@ def main() -> int:
         if options.quantization is not None:
             quantization = QuantizationConfig.uniform(options.quantization, options.embedding)
             config = config.replace(quantization_config=quantization)
+        if options.tokenizer is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            config = copy_tokenizer(options.tokenizer, config, options.output)
         write_random_checkpoint(
             config, options.output, options.layout, options.dtype, options.seed, options.shard_bytes
         )

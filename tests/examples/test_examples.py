@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tests.helpers.vision import write_vision_folder
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -52,16 +55,57 @@ def test_convert_there_and_back_changes_nothing() -> None:
     assert run("convert.py").endswith("back: identical\n")
 
 
-def test_quickstart_notebook() -> None:
+def run_notebook(name: str, **environment: str) -> list[str]:
+    """Executes a notebook and returns what each code cell printed."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
-    printed = [  # text may come in several pieces
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    return [  # text may come in several pieces
         "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
-    answered = [text for text in printed if text]
+
+
+def test_quickstart_notebook() -> None:
+    answered = [text for text in run_notebook("quickstart.ipynb") if text]
     assert answered[0].endswith(". 81")
     assert any("tokens per expert" in text for text in answered)
+
+
+# Pictures. The model is random, so only the way through is tested here, not what it says.
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+def test_describe_image(vision_folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "photo.png"
+    Image.new("RGB", (90, 60), "teal").save(picture)
+    options = ("--model", str(vision_folder), "--max-new-tokens", "4", "--no-thinking")
+    printed = run("describe_image.py", str(picture), str(picture), "--question", "Same?", *options)
+    assert re.search(r"\[\d+ tokens of prompt, [1-4] of answer\]\n$", printed)
+
+
+def test_ask_video_encodes_it_once_and_answers_each_question(vision_folder: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.gif"
+    colours = ("red", "green", "blue", "white")
+    frames = [Image.new("RGB", (64, 48), colour) for colour in colours]
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
+    options = ("--model", str(vision_folder), "--max-new-tokens", "3", "--max-frames", "16")
+    printed = run("ask_video.py", str(clip), "First?", "Then?", *options)
+    assert printed.startswith("4 frames of ")
+    assert [line for line in printed.splitlines() if line.startswith("User")] == ["User: First?", "User: Then?"]
+
+
+def test_pictures_notebook(vision_folder: Path) -> None:
+    printed = run_notebook("pictures.ipynb", ERNIE45_VISION_MODEL=str(vision_folder))
+    assert any("vision" in text and "[" in text for text in printed)
+    assert any("frames, rows and columns" in text for text in printed)
+    assert printed[-1].count("layer 1") == 2

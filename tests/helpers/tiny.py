@@ -48,12 +48,16 @@ def tiny_model(
     config: ErnieConfig | None = None, seed: int = 0, dtype: str = "float32", mtp: bool = False
 ) -> ErnieForCausalLM:
     """A model whose every parameter is random, norms and correction bias included, so that each one matters."""
-    model = ErnieForCausalLM(config or tiny_config(), dtype=dtype, mtp=mtp, initialize=False)
+    return randomise(ErnieForCausalLM(config or tiny_config(), dtype=dtype, mtp=mtp, initialize=False), seed)
+
+
+def randomise(model: paddle.nn.Layer, seed: int) -> Any:
+    """The same model with random values in every parameter."""
     generator = np.random.default_rng(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         values = generator.standard_normal(parameter.shape, dtype=np.float32)
         if parameter.ndim == 1:
-            values = 1 + 0.2 * values
+            values = 0.2 * values + (0 if name.endswith(".bias") else 1)
         elif parameter.stop_gradient:
             values = 0.05 * values
         else:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ernie45 import ErnieForConditionalGeneration, ErnieProcessor
+from ernie45.assistant import user_message
 from ernie45.checkpoint.folder import CheckpointFolder
 from ernie45.checkpoint.names import checkpoint_tensors
 from ernie45.checkpoint.reader import QuantisedSource, find_sources, quantised_sources, read_quantised
 from ernie45.config import ErnieConfig
+from ernie45.errors import ErnieError
 from ernie45.quantization.weights import dequantize
 from tests.helpers.tiny import DENSE, MOE, as_float32, read_folder
 from tests.helpers.vision import VISION
@@ -116,3 +119,16 @@ def test_quantised_weights_have_no_names_in_the_other_layout(
 ) -> None:
     folder = write(tmp_path / "new", monkeypatch, "--layout", "pt", "--quantization", "wint8", status=1)
     assert "quantised checkpoints have -Paddle names" in capsys.readouterr().err and not folder.exists()
+
+
+def test_with_a_tokenizer_a_vision_checkpoint_answers_about_pictures(tmp_path: Path) -> None:
+    config = ErnieConfig.from_dict({**VISION, "vocab_size": 2561, "im_patch_id": 7})
+    config = make_random_checkpoint.copy_tokenizer("ernie45-tiny", config, tmp_path)
+    assert config.vision is not None and config.vision.placeholder_id == 1536
+    make_random_checkpoint.write_random_checkpoint(config, tmp_path, "paddle", "float32", 0, 10**9, progress=False)
+    processor = ErnieProcessor.from_pretrained(tmp_path)
+    model = ErnieForConditionalGeneration.from_pretrained(tmp_path, progress=False)
+    inputs = processor([user_message("What?", [np.zeros([30, 60, 3], "uint8")])])
+    assert model.generate(**inputs, max_new_tokens=2, eos_token_id=[]).ids.shape == [1, 2]
+    with pytest.raises(ErnieError, match="has 2561 tokens, but vocab_size is 512"):
+        make_random_checkpoint.copy_tokenizer("ernie45-tiny", config.replace(vocab_size=512), tmp_path / "none")
