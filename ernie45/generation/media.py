@@ -87,7 +87,7 @@ def read_media(
     Raises:
         ErnieError: pictures and placeholders do not go together, or something has a wrong shape.
     """
-    grid = np.zeros([0, 3], "int64") if media.grid_thw is None else read_grid(media.grid_thw, vision)
+    grid = read_grid([] if media.grid_thw is None and media.images is None else media.grid_thw, vision)
     patches = _read_patches(media.images, grid, vision)
     grids = split_grid(prompts, grid, vision)
     types = _given_rows("token_type_ids", media.token_type_ids, attention_mask, prompts, [])

@@ -119,8 +119,10 @@ class VisionTransformer(nn.Layer):
     def normalised(self, images: Tensor) -> Tensor:
         """Pixels as the tower was trained on them, in the dtype of activations."""
         dtype = ops.compute_dtype(self.ln.weight.dtype)
-        if images.dtype != paddle.uint8:
+        if paddle.is_floating_point(images):
             return images.astype(dtype)
+        if images.dtype != paddle.uint8:
+            raise ErnieError(f"images: expected uint8 pixels, or floats that are normalised, found {images.dtype}")
         per_channel = self.config.patch_size**2
         mean = paddle.to_tensor(np.repeat(np.array(PIXEL_MEAN, "float32"), per_channel))
         deviation = paddle.to_tensor(np.repeat(np.array(PIXEL_DEVIATION, "float32"), per_channel))
@@ -157,8 +159,10 @@ def read_grid(grid_thw: object, config: VisionConfig) -> np.ndarray:
     """Checks `grid_thw` and makes it an array [items, 3] int64; entries of zeros (padding of batches) are left out.
 
     Raises:
-        ErnieError: another shape, or sides that blocks of patches or pairs of frames do not divide.
+        ErnieError: it is None, has another shape, or sides that blocks of patches or pairs of frames do not divide.
     """
+    if grid_thw is None:
+        raise ErnieError("grid_thw: missing; images go with the frames, rows and columns of each item")
     grid = np.asarray(grid_thw.numpy() if isinstance(grid_thw, Tensor) else grid_thw)
     if grid.size == 0:
         return np.zeros([0, 3], "int64")

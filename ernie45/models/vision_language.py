@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from ernie45 import ops
 from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors
 from ernie45.config import ErnieConfig, VisionConfig
 from ernie45.errors import ConfigError, ErnieError
@@ -91,14 +92,14 @@ class ErnieForConditionalGeneration(PretrainedModel):
         """
         if labels is not None and labels.shape != input_ids.shape:
             raise ErnieError(f"labels: expected {list(input_ids.shape)} like input_ids, found {list(labels.shape)}")
-        features = None
-        if images is not None and images.shape[0]:
-            grid = read_grid(grid_thw, self.vision)
-            features = self.encode_images(images, grid)
-            if position_ids is None or token_type_ids is None:
-                types, positions = self._layout(input_ids, grid, attention_mask, cache)
-                token_type_ids = types if token_type_ids is None else token_type_ids
-                position_ids = positions if position_ids is None else position_ids
+        grid = read_grid([] if grid_thw is None and images is None else grid_thw, self.vision)
+        if images is None and (len(grid) or bool((input_ids == self.vision.placeholder_id).any())):
+            raise ErnieError("images: missing, though grid_thw or placeholders in input_ids announce pictures")
+        features = None if images is None else self.encode_images(images, grid)
+        if position_ids is None or token_type_ids is None:
+            types, positions = self._layout(input_ids, grid, attention_mask, cache)
+            token_type_ids = types if token_type_ids is None else token_type_ids
+            position_ids = positions if position_ids is None else position_ids
         hidden = self.ernie(
             input_ids,
             position_ids,
@@ -125,9 +126,14 @@ class ErnieForConditionalGeneration(PretrainedModel):
             ErnieError: images and grid_thw do not go together.
         """
         grid = read_grid(grid_thw, self.vision)
+        images = images if isinstance(images, Tensor) else paddle.to_tensor(images)
         expected = [int(grid.prod(axis=1).sum()), self.vision.patch_bytes]
-        if images.shape != expected:
+        if list(images.shape) != expected:
             raise ErnieError(f"images: expected {expected} for grid_thw {grid.tolist()}, found {list(images.shape)}")
+        if not len(grid):
+            return paddle.zeros(
+                [0, self.config.hidden_size], dtype=ops.compute_dtype(self.vision_model.ln.weight.dtype)
+            )
         return self.adapter(self.vision_model(images, grid), grid)
 
     def generate(

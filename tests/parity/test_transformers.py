@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,14 @@ import pytest
 
 from ernie45.checkpoint.convert import convert_checkpoint
 from ernie45.models.causal_lm import ErnieForCausalLM
-from tests.helpers.tiny import difference, greedy, read_folder, same_bits, tiny_config, tiny_model
+from tests.helpers import peers
+from tests.helpers.peers import EXPERTS, relative_error
+from tests.helpers.tiny import greedy, read_folder, same_bits, tiny_config, tiny_model
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-# Imported where they are used: merely collecting this file must not take the seconds that they need.
-installed = find_spec("torch") and find_spec("transformers")
-pytestmark = [pytest.mark.parity, pytest.mark.skipif(not installed, reason="needs torch and transformers")]
+pytestmark = peers.parity
 
 STEPS = 24
 TOLERANCE = 1e-4  # relative to the largest logit
-CLOSE_CALL = 1e-4  # from the first step on whose two best logits are closer than this, greedy tokens may differ
-
-EXPERTS = "eager"  # torch's grouped product refuses expert widths that are not multiples of 4
 
 seeds = pytest.mark.parametrize("seed", range(20))
 
@@ -77,25 +70,13 @@ def test_the_draw_covers_what_it_should() -> None:
 
 
 def build(keys: dict[str, Any], seed: int) -> Any:
-    """A transformers model whose every parameter is random, norms and correction bias included."""
-    import torch
     import transformers
 
     kind = "Ernie4_5_Moe" if "moe_num_experts" in keys else "Ernie4_5"
     config = getattr(transformers, f"{kind}Config")(
         **keys, rope_parameters={"rope_type": "default", "rope_theta": 10000.0 * (1 + seed % 3)}
     )
-    torch.manual_seed(seed)
-    config._experts_implementation = EXPERTS
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.normal_()
-            if tensor.ndim == 1:
-                tensor.mul_(0.2).add_(1)
-            else:
-                tensor.mul_(0.05 if name.endswith("e_score_correction_bias") else tensor.shape[-1] ** -0.5)
-    return model
+    return peers.build(f"{kind}ForCausalLM", config, seed)
 
 
 def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -106,26 +87,10 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def continuation_of(model: Any, ids: np.ndarray) -> tuple[np.ndarray, int]:
-    """Greedy ids [1, STEPS], and the number of steps before the first close call."""
     import torch
 
-    found = model.generate(
-        torch.from_numpy(ids),
-        attention_mask=torch.ones(ids.shape, dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=STEPS,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best_two = torch.stack(found.logits)[:, 0].topk(2).values
-    close = (best_two[:, 0] - best_two[:, 1] < CLOSE_CALL).nonzero().flatten().tolist()
-    return found.sequences[:, ids.shape[1] :].numpy(), close[0] if close else STEPS
-
-
-def relative_error(found: Any, expected: np.ndarray) -> float:
-    return difference(found, expected) / float(np.abs(expected).max())
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.int64)}
+    return peers.continuation_of(model, inputs, STEPS)
 
 
 @seeds
