@@ -34,6 +34,7 @@ from ernie45.models.decoder import Decoder
 from ernie45.models.layers import Linear
 from ernie45.models.moe import published_tensors
 from ernie45.models.packing import fuse, pack, packed_weights, unpacked
+from ernie45.models.parts import freeze as freeze_parts
 from ernie45.ops import custom
 from ernie45.ops.packed import BFLOAT16, PackedWeight
 from ernie45.quantization.config import QuantizationConfig
@@ -183,6 +184,7 @@ class PretrainedModel(nn.Layer):
         revision: str | None = None,
         cache_dir: str | None = None,
         mtp: bool = False,
+        freeze: Sequence[str] = (),
         progress: bool = True,
     ) -> Model:
         """Loads a published checkpoint, -Paddle or -PT, from a folder or a hub.
@@ -201,6 +203,8 @@ class PretrainedModel(nn.Layer):
             revision: branch, tag or commit on the hub.
             cache_dir: where downloads are kept.
             mtp: also load the multi-token-prediction blocks, if the checkpoint has them.
+            freeze: parts that are not to be trained, of "vision", "adapter", "vision_experts" and "text": see
+                `ernie45.models.parts`.
             progress: show a progress bar when loading takes longer than a second.
 
         Raises:
@@ -223,6 +227,7 @@ class PretrainedModel(nn.Layer):
                 path, problems + ([shortage] if shortage else []), "Download the files again, or correct config.json."
             )
             model = cls.packed(config, mtp) if packed else cls(config, config.dtype, mtp, initialize=False)
+            freeze_parts(model, freeze)
             load(folder, sources, model.weights(), config.quantization_config, progress)
         if packed:
             fuse(model)

@@ -54,7 +54,12 @@ def rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """LayerNorm (arXiv 1607.06450) over the last axis, computed in float32, in the dtype of x."""
-    wide = F.layer_norm(x.astype("float32"), x.shape[-1:], weight.astype("float32"), bias.astype("float32"), epsilon)
+    scale = weight.astype("float32")
+    if scale.stop_gradient and not x.stop_gradient:
+        # On a CPU, Paddle 3.3.1 forgets the scale in the gradient of x unless it wants the gradient of the scale too.
+        scale = scale.detach()
+        scale.stop_gradient = False
+    wide = F.layer_norm(x.astype("float32"), x.shape[-1:], scale, bias.astype("float32"), epsilon)
     return wide.astype(x.dtype)
 
 

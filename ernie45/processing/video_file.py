@@ -27,13 +27,14 @@ _FORMATS = (
 # Containers round times (Matroska to milliseconds): below this difference the stated rate is the exact one.
 _RATE_TOLERANCE = 0.01
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+_REPAIR = "Get the file again, or re-encode it: ffmpeg -i FILE -c:v libx264 repaired.mp4"
 
 
 class FewerFramesError(ErnieError):
     """Fewer frames come out of a video than its packets promised."""
 
     def __init__(self, name: str, count: int) -> None:
-        super().__init__(f"{name}: only {count} frames of the video decode. {_repair(name)}")
+        super().__init__(f"{name}: only {count} frames of the video decode. {_REPAIR}")
         self.count = count
 
 
@@ -69,7 +70,7 @@ class VideoFile:
                     last_duration = packet.duration or 0
             rate = _rate(times, last_duration, stream)
         if not times:
-            raise ErnieError(f"{name}: the video has no frames, or was cut short before them. {_repair(name)}")
+            raise ErnieError(f"{name}: the video has no frames, or was cut short before them. {_REPAIR}")
         return cls(file, name, len(times), rate)
 
     @property
@@ -115,7 +116,7 @@ def _opened(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
         with container:
             yield container, _picture_track(container, name)
     except (av.FFmpegError, OSError) as error:
-        raise ErnieError(f"{name}: the video is damaged ({error.strerror or error}). {_repair(name)}") from error
+        raise ErnieError(f"{name}: the video is damaged ({error.strerror or error}). {_REPAIR}") from error
 
 
 def _import_av() -> Any:
@@ -126,10 +127,6 @@ def _import_av() -> Any:
     return av
 
 
-def _repair(name: str) -> str:
-    return f"Get it again, or re-encode it: ffmpeg -i {name} -c:v libx264 repaired.mp4"
-
-
 def _picture_track(container: Any, name: str) -> Any:
     stream = container.streams.best("video")
     is_cover = stream is not None and stream.disposition & type(stream.disposition).attached_pic
@@ -138,7 +135,7 @@ def _picture_track(container: Any, name: str) -> Any:
         found = f"only {' and '.join(sorted(kinds))}" if kinds else "nor any other"
         raise ErnieError(f"{name}: no video track, {found}. Give a file with moving pictures.")
     if stream.codec_context is None:
-        raise ErnieError(f"{name}: no decoder for this kind of video. {_repair(name)}")
+        raise ErnieError(f"{name}: no decoder for this kind of video. {_REPAIR}")
     return stream
 
 
@@ -149,7 +146,7 @@ def _holds_frame(packet: av.Packet) -> bool:
 
 def _rate(times: list[int | None], last_duration: int, stream: av.VideoStream) -> float:
     """Frames per second: the stated rate if the packets' times agree with it, else what they say; 0 if unknown."""
-    stated = float(stream.average_rate or stream.guessed_rate or 0)
+    stated = float(stream.average_rate or 0)
     measured = _measured_rate(times, last_duration, stream.time_base)
     if measured and abs(stated - measured) > _RATE_TOLERANCE * measured:
         return measured

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ernie45.errors import ErnieError
 from ernie45.processing import video as video_module
+from ernie45.processing import video_file
 from ernie45.processing.frame_sampling import VideoOptions
 from ernie45.processing.sources import FetchLimits
 from ernie45.processing.timestamps import render_timestamp
@@ -113,6 +114,12 @@ def test_a_miscounted_video_is_sampled_again(monkeypatch: pytest.MonkeyPatch) ->
     frames = load(clip(10))
     assert numbers(frames) == list(range(10))
     assert frames.timestamps[-1] == pytest.approx(9 / 25)
+
+
+def test_a_video_of_which_nothing_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_file, "_decoded", lambda *_: iter(()))
+    with pytest.raises(ErnieError, match="bytes>: only 0 frames of the video decode"):
+        load(clip(10))
 
 
 # Where a video comes from.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from ernie45.errors import ErnieError
-from ernie45.processing.video_file import FewerFramesError, VideoFile
+from ernie45.processing.video_file import FewerFramesError, VideoFile, _measured_rate
 
 pytest.importorskip("av", reason="takes the extra `video`")
 
@@ -62,6 +63,15 @@ def test_one_frame() -> None:
     assert numbers(video, 0) == [0]
 
 
+def test_frames_outside_the_edit_list_do_not_count() -> None:
+    content = bytearray(clip(40))
+    start = content.index(b"elst") + 16  # version and flags, number of entries, duration, then the time of the start
+    content[start : start + 4] = (10 * 512).to_bytes(4, "big")
+    video = probe(bytes(content))
+    assert video.count == 30
+    assert numbers(video, 0, 29) == [10, 39]
+
+
 # Rates.
 
 
@@ -76,8 +86,14 @@ def test_a_variable_rate_is_averaged(container: str) -> None:
 
 
 def test_rounded_times_do_not_change_a_stated_rate() -> None:
-    # Matroska counts milliseconds: 30 frames of 33 ms would be 30.3 per second.
-    assert probe(clip(30, rate=30, container="matroska")).rate == 30.0
+    # Matroska counts milliseconds: 29 frames end after 966 instead of 966.67.
+    assert probe(clip(29, rate=30, container="matroska")).rate == 30.0
+
+
+def test_no_rate_is_measured_where_times_are_missing() -> None:
+    assert _measured_rate([0, 1, 2, 3], 1, Fraction(1, 10)) == 10.0
+    assert _measured_rate([0, None, 2, 3], 1, Fraction(1, 10)) == 0.0
+    assert _measured_rate([], 0, Fraction(1, 10)) == 0.0
 
 
 # Rotation.
@@ -111,12 +127,20 @@ def test_fewer_frames_than_promised() -> None:
     assert caught.value.count == 10
 
 
+def test_a_lost_packet_of_a_broadcast_loses_the_same_frames_in_counting_and_decoding() -> None:
+    content = clip(60, container="mpegts", options={"b": "2000000"})
+    middle = len(content) // 2 // 188 * 188
+    video = probe(content[:middle] + content[middle + 188 :])
+    assert 50 < video.count < 60
+    assert len(numbers(video, *range(video.count))) == video.count
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_damage_counts_only_before_the_last_chosen_frame(codec: str) -> None:
     video = probe(with_noise(clip(60, codec=codec, options={"bf": "0"}), first=40))
     assert video.count == 60
     assert numbers(video, 0, 39) == [0, 39]
-    with pytest.raises(ErnieError, match=r"clip: the video is damaged \(.*re-encode it: ffmpeg -i clip "):
+    with pytest.raises(ErnieError, match=r"clip: the video is damaged \(.*re-encode it: ffmpeg -i FILE "):
         numbers(video, 0, 45)
 
 
