@@ -5,7 +5,7 @@ Its definition is `Decoder.forward` in models/decoder.py; this module only knows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import paddle
@@ -20,6 +20,22 @@ LARGEST_HEAD = 512
 
 
 @dataclass(frozen=True)
+class PackedBank:
+    """Routed experts and what chooses among them.
+
+    Attributes:
+        up_gate, down: projections of the stacked experts.
+        router: [hidden, experts] float32.
+        bias: [experts] float32, added to the probabilities where experts are chosen.
+    """
+
+    up_gate: PackedWeight
+    down: PackedWeight
+    router: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
 class PackedLayer:
     """The weights of one decoder layer.
 
@@ -27,9 +43,7 @@ class PackedLayer:
         input_norm, post_norm: [hidden] float32.
         qkv, out: projections of the attention.
         dense: up_gate and down projection of the MLP or of the shared experts; None: there is none.
-        routed: the same for the stacked routed experts; None: a dense layer.
-        router: [hidden, experts] float32; None: a dense layer.
-        router_bias: [experts] float32; None: a dense layer.
+        banks: the routed experts, as many banks in every layer that has any; none: a dense layer.
     """
 
     input_norm: Tensor
@@ -37,9 +51,7 @@ class PackedLayer:
     qkv: PackedWeight
     out: PackedWeight
     dense: tuple[PackedWeight, PackedWeight] | None
-    routed: tuple[PackedWeight, PackedWeight] | None = None
-    router: Tensor | None = None
-    router_bias: Tensor | None = None
+    banks: Sequence[PackedBank] = ()
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,13 @@ class PackedStack:
         config: ErnieConfig,
         attention_scale: float,
         embedding: PackedWeight,
-        layers: Iterable[PackedLayer],
+        layers: Sequence[PackedLayer],
         final_norm: Tensor,
     ) -> PackedStack:
         """Lists the weights in the order in which csrc/bindings/decoder.cpp reads them."""
         weights: list[Tensor] = []
         shapes: list[int] = []
+        banks = max(len(layer.banks) for layer in layers)
 
         def add(matrix: PackedWeight | None) -> None:
             shapes.extend(ABSENT if matrix is None else _shape(matrix))
@@ -75,10 +88,14 @@ class PackedStack:
         weights += [frequencies, final_norm]
         for layer in layers:
             weights += [layer.input_norm, layer.post_norm]
-            for matrix in (layer.qkv, layer.out, *(layer.dense or (None, None)), *(layer.routed or (None, None))):
+            for matrix in (layer.qkv, layer.out, *(layer.dense or (None, None))):
                 add(matrix)
-            if layer.router is not None:
-                weights += [layer.router, layer.router_bias]
+            for bank in layer.banks:
+                add(bank.up_gate)
+                add(bank.down)
+                weights += [bank.router, bank.bias]
+            for _ in range(2 * (banks - len(layer.banks))):
+                add(None)
         sizes = [
             config.hidden_size,
             config.num_attention_heads,
@@ -87,23 +104,34 @@ class PackedStack:
             config.moe_k,
             int(config.moe_gate_act == "softmax"),
             int(config.moe_norm_gate_logits),
+            0 if config.vision is None else config.vision.time_pairs,
+            banks,
         ]
         return cls(sizes, [config.rms_norm_eps, attention_scale, config.moe_norm_min], weights, shapes)
 
 
 def decoder(
-    ids: Tensor, positions: Tensor, first: Tensor, stack: PackedStack, caches: Sequence[Tensor], cached: int
+    ids: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    stack: PackedStack,
+    caches: Sequence[Tensor],
+    cached: int,
+    banks: Tensor | None = None,
+    features: Tensor | None = None,
 ) -> Tensor:
     """Runs new tokens through the decoder.
 
     Args:
-        ids: [batch, new] int64.
-        positions: [batch, new] int64.
+        ids: [batch, new] int64; -1 - row takes a row of `features` instead of an embedding.
+        positions: [batch, new] int64, or [batch, new, 3] as (time, row, column): see `ops.rope_angles`.
         first: [batch] int64, the first column of the cache that a row may see.
         stack: the weights.
         caches: keys and values of every layer, bfloat16 [batch, capacity, kv_heads, head_dim]; the new tokens are
             written after the first `cached` ones, in place.
         cached: tokens in the cache.
+        banks: [batch, new] int64, the bank of experts of each token; None: the first one for all.
+        features: [any, hidden] float32; None: every id is in the vocabulary.
 
     Returns:
         [batch, new, hidden] float32, after the final norm.
@@ -113,6 +141,8 @@ def decoder(
         ids,
         positions,
         first,
+        banks,
+        features,
         stack.weights,
         caches,
         cached,
@@ -123,8 +153,10 @@ def decoder(
 
 
 def supports(config: ErnieConfig) -> bool:
-    """Whether the operator can compute this architecture."""
-    return config.head_dim <= LARGEST_HEAD and len(config.banks) <= 1 and paddle.device.get_device() == "cpu"
+    """Whether the operator can compute this architecture: no head is too wide, and no MoE layer lacks a bank."""
+    moe_layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    complete = all(bank.covers(layer) for bank in config.banks for layer in moe_layers)
+    return config.head_dim <= LARGEST_HEAD and complete and paddle.device.get_device() == "cpu"
 
 
 def _shape(matrix: PackedWeight) -> list[int]:

@@ -17,16 +17,22 @@ import paddle
 import pytest
 
 from ernie45 import ops
+from ernie45.checkpoint.names import checkpoint_tensors, quantised_kind
+from ernie45.config import VisionConfig
 from ernie45.errors import ErnieError
 from ernie45.models import packing
 from ernie45.models.cache import KVCache
 from ernie45.models.causal_lm import ErnieForCausalLM
+from ernie45.models.moe import Routing
+from ernie45.models.vision_language import ErnieForConditionalGeneration
 from ernie45.ops import custom
 from ernie45.ops.attention import decode_attention
 from ernie45.ops.packed import PackedWeight
+from ernie45.quantization.config import QuantizationConfig
 from tests.helpers.fused import both_instruction_sets, fused
-from tests.helpers.packed import KINDS, VARIANTS, clear_ids, load, plain_model, save_source
+from tests.helpers.packed import CLEAR, KINDS, VARIANTS, clear_ids, load, plain_model, save_source
 from tests.helpers.tiny import DENSE, MOE, difference, token_ids
+from tests.helpers.vision import vision_config, write_vision_folder
 
 pytestmark = pytest.mark.skipif(custom.library() is None, reason="no native library here")
 
@@ -326,6 +332,157 @@ def test_positions_reach_the_fused_stack(packed: Load) -> None:
     found = run(model, ids, position_ids=positions)
     assert_rounded(found, layer_by_layer(model, ids, position_ids=positions))
     assert difference(found, run(model, ids)) > 2e-2
+
+
+# Vision.
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ErnieForConditionalGeneration]:
+    """A vision-language model with its weights packed in some kind."""
+    folder = write_vision_folder(tmp_path_factory.mktemp("vision"))
+    return functools.cache(lambda kind: load_vision(folder, kind))
+
+
+def load_vision(folder: Path, kind: str, **options: object) -> ErnieForConditionalGeneration:
+    quantization = None if kind in ("bfloat16", "float32") else kind
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    return ErnieForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, quantization=quantization, progress=False, **options
+    )
+
+
+def pictures(vision: VisionConfig, grids: list[tuple[int, int, int]], seed: int = 0) -> dict[str, paddle.Tensor]:
+    """Text, then text around each picture or video, one a row, padded on the left."""
+    generator = np.random.default_rng(seed)
+    rows = [generator.integers(3, 500, 6)]
+    for frames, height, width in grids:
+        seen = np.full(max(1, frames // 2) * height * width // 4, vision.placeholder_id)
+        start, end = vision.delimiter_ids[:2] if frames == 1 else vision.delimiter_ids[2:]
+        rows.append(
+            np.concatenate([generator.integers(3, 500, 3), [start], seen, [end], generator.integers(3, 500, 2)])
+        )
+    longest = max(map(len, rows))
+    count = sum(frames * height * width for frames, height, width in grids)
+    return {
+        "input_ids": paddle.to_tensor(np.stack([np.pad(row, (longest - len(row), 0)) for row in rows])),
+        "attention_mask": paddle.to_tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        "images": paddle.to_tensor(generator.integers(0, 256, (count, vision.patch_bytes), dtype=np.uint8)),
+        "grid_thw": paddle.to_tensor(np.array(grids).reshape(-1, 3)),
+    }
+
+
+GRIDS = [(1, 4, 4), (4, 2, 4)]
+
+
+@paddle.no_grad()
+def clear_pictures(model: ErnieForConditionalGeneration) -> dict[str, paddle.Tensor]:
+    """Such rows for which no router of either bank is near a tie."""
+    for seed in range(50):
+        inputs, routing = pictures(model.vision, GRIDS, seed), []
+        model(**inputs, routing=routing)
+        assert {decision.bank for decision in routing} == {0, 1}
+        if min(smallest_gap(model, decision) for decision in routing) > CLEAR:
+            return inputs
+    raise AssertionError("choose other weights")
+
+
+def smallest_gap(model: ErnieForConditionalGeneration, decision: Routing) -> float:
+    bias = model.ernie.layers[decision.layer].mlp.moe_statics.e_score_correction_bias[decision.bank]
+    ordered, k = -np.sort(-(decision.probabilities + bias).numpy(), axis=-1), decision.indices.shape[1]
+    return float((ordered[:, k - 1] - ordered[:, k]).min())
+
+
+@both_instruction_sets
+@kinds
+@paddle.no_grad()
+def test_pictures_in_the_fused_stack_and_in_its_layers(
+    kind: str, isa: str, seeing: Callable[[str], ErnieForConditionalGeneration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeing(kind)
+    inputs = clear_pictures(model)
+    real = inputs["attention_mask"].numpy() == 1
+    calls = fused_calls(monkeypatch)
+    with fused(isa, "decoder"):
+        found = model(**inputs).numpy()[real]
+    assert calls == [inputs["input_ids"].shape[1]]
+    monkeypatch.setattr(model.ernie, "fused", None)
+    with fused(isa):
+        assert_rounded(found, model(**inputs).numpy()[real])
+    assert len(calls) == 1
+
+
+@kinds
+@paddle.no_grad()
+def test_packed_vision_is_near_a_float32_model(kind: str, tmp_path: Path) -> None:
+    folder = write_vision_folder(tmp_path)
+    model = load_vision(folder, kind)
+    inputs = pictures(model.vision, GRIDS)
+    found = model.encode_images(inputs["images"], inputs["grid_thw"])
+    expected = load_vision(folder, "float32").encode_images(inputs["images"], inputs["grid_thw"])
+    assert difference(found, expected) < 5e-2 * float(expected.abs().max())
+
+
+@kinds
+@pytest.mark.parametrize("chunk", [1, 7, 30])
+@paddle.no_grad()
+def test_pictures_go_through_in_chunks(
+    kind: str,
+    chunk: int,
+    seeing: Callable[[str], ErnieForConditionalGeneration],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the text after them continues from the cache."""
+    model, following = seeing(kind), token_ids(3, 2, 500)
+    inputs, results = pictures(model.vision, GRIDS), []
+    for size in (packing.CHUNK_TOKENS, chunk):
+        monkeypatch.setattr(packing, "CHUNK_TOKENS", size)
+        cache = KVCache(model.config)
+        with fused("avx2", "decoder"):
+            results.append([model(**inputs, cache=cache).numpy(), model(following, cache=cache).numpy()])
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@paddle.no_grad()
+def test_a_picture_longer_than_a_chunk(
+    seeing: Callable[[str], ErnieForConditionalGeneration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeing("wint8")
+    inputs = pictures(model.vision, [(1, 46, 48)])
+    calls = fused_calls(monkeypatch)
+    with fused("avx2", "decoder"):
+        found = model(**inputs).numpy()
+        monkeypatch.setattr(packing, "CHUNK_TOKENS", 10**6)
+        expected = model(**inputs).numpy()
+    length = inputs["input_ids"].shape[1]
+    assert length > 512 and calls == [256] * (length // 256) + [length % 256, length]
+    np.testing.assert_array_equal(found, expected)
+
+
+@kinds
+def test_vision_tower_and_adapter_are_never_quantised(
+    kind: str, seeing: Callable[[str], ErnieForConditionalGeneration]
+) -> None:
+    model = seeing(kind)
+    held = {name: weight for name, weight in model.weights().items() if isinstance(weight, PackedWeight)}
+    for spec in checkpoint_tensors(model.config):
+        if len(spec.shape) == 2 and not spec.float32:
+            quantised = None if kind == "bfloat16" else quantised_kind(spec, QuantizationConfig.uniform(kind))
+            assert held.pop(spec.name).kind == (quantised or "bfloat16"), spec.name
+    assert not held
+
+
+@kinds
+@paddle.no_grad()
+def test_a_layer_without_one_of_the_banks_goes_layer_by_layer(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_vision(write_vision_folder(tmp_path, vision_config(moe_layer_end_index=[2, 1])), kind)
+    assert model.ernie.fused is None
+    calls = fused_calls(monkeypatch)
+    inputs = pictures(model.vision, GRIDS)
+    assert np.isfinite(model(**inputs).numpy()[inputs["attention_mask"].numpy() == 1]).all() and not calls
 
 
 # What a packed model is.

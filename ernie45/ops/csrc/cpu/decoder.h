@@ -18,15 +18,20 @@ struct FeedForward {
   int64_t width() const { return down.in; }
 };
 
+// Routed experts with their own router; every token belongs to one bank and never sees the others.
+struct ExpertBank {
+  FeedForward network;
+  const float* router;       // [hidden, experts]
+  const float* router_bias;  // [experts] or null
+};
+
 struct DecoderLayer {
   const float* input_norm;
   const float* post_norm;
   PackedMatrix qkv, out;
-  FeedForward dense;         // the MLP, or the shared experts of a mixture
-  FeedForward routed;        // absent in dense layers
-  const float* router;       // [hidden, experts]
-  const float* router_bias;  // [experts] or null
-  uint16_t* keys;            // bfloat16 [batch, capacity, kv_heads, head_dim]
+  FeedForward dense;              // the MLP, or the shared experts of a mixture
+  std::vector<ExpertBank> banks;  // none in dense layers
+  uint16_t* keys;                 // bfloat16 [batch, capacity, kv_heads, head_dim]
   uint16_t* values;
 };
 
@@ -36,6 +41,7 @@ struct DecoderConfig {
   int64_t moe_k;
   bool moe_softmax, moe_normalise;
   float moe_minimum;
+  int64_t time_pairs;  // of the head_dim / 2 rotary pairs, the last that take the time of three positions
 };
 
 struct DecoderWeights {
@@ -46,8 +52,11 @@ struct DecoderWeights {
 };
 
 struct DecoderInput {
-  const int64_t* ids;        // [batch * tokens]
-  const int64_t* positions;  // [batch * tokens]
+  const int64_t* ids;        // [batch * tokens]; below 0: row -1 - id of the features takes the place of an embedding
+  const float* features;     // [any, hidden] or null
+  const int64_t* positions;  // [batch * tokens, axes]
+  int64_t axes;              // 1, or 3 for (time, row, column)
+  const int64_t* banks;      // [batch * tokens] the bank of each token, or null: the first one
   const int64_t* first;      // [batch] first key that a row may see
   int64_t batch, tokens, cached, capacity;
   float* out;                // [batch * tokens, hidden]

@@ -36,6 +36,21 @@ void add_rms_norm(float* residual, const float* x, const float* weight, float ep
   }
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t rows, int64_t width,
+                float* out) {
+  for (int64_t row = 0; row < rows; ++row, x += width, out += width) {
+    float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) sum += x[i];
+    const float mean = sum / static_cast<float>(width);
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + epsilon);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+  }
+}
+
 // With s the scale and H the width: dx = s (w g) - x s^3 / H sum(w g x).
 void rms_norm_grad(const float* x, const float* weight, const float* grad_out, float epsilon, int64_t rows,
                    int64_t width, float* grad_x, float* scale) {
@@ -66,6 +81,23 @@ void swiglu(const float* x, const float* prob, int64_t rows, int64_t width, floa
     const float factor = prob ? prob[row] : 1.0f;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) out[i] = x[i] / (1.0f + exp(-x[i])) * up[i] * factor;
+  }
+}
+
+void add_bias_quick_gelu(float* x, const float* bias, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, x += width) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float value = x[i] + bias[i];
+      x[i] = value * sigmoid(1.702f * value);
+    }
+  }
+}
+
+void add_with_bias(float* residual, const float* x, const float* bias, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, residual += width, x += width) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) residual[i] += x[i] + bias[i];
   }
 }
 

@@ -1,5 +1,6 @@
-// RMSNorm, SwiGLU and rotary positions with their gradients, in float32, and the way from bfloat16 and back. Each
-// function works on its rows alone, on the calling thread: callers split the rows among threads.
+// RMSNorm, SwiGLU and rotary positions with their gradients, LayerNorm and quick-GELU, in float32, and the way from
+// bfloat16 and back. Each function works on its rows alone, on the calling thread: callers split the rows among
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,10 @@ ERNIE_FOR_EACH_ISA(
     void add_rms_norm(float* residual, const float* x, const float* weight, float epsilon, int64_t rows, int64_t width,
                       float* out);
 
+    // out [rows, width] = (x - mean) / sqrt(variance + epsilon) * weight [width] + bias [width]; out may be x.
+    void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t rows, int64_t width,
+                    float* out);
+
     // The gradient of rms_norm for x, and scale [rows] = 1 / sqrt(mean(x^2) + epsilon) for rms_norm_weight_grad.
     void rms_norm_grad(const float* x, const float* weight, const float* grad_out, float epsilon, int64_t rows,
                        int64_t width, float* grad_x, float* scale);
@@ -24,6 +29,12 @@ ERNIE_FOR_EACH_ISA(
 
     // out [rows, width] = silu(gate) * up * prob; x [rows, 2 * width] holds gate, then up; prob [rows] or null for 1.
     void swiglu(const float* x, const float* prob, int64_t rows, int64_t width, float* out);
+
+    // x [rows, width] = quick-GELU of x + bias [width], in place: y sigmoid(1.702 y).
+    void add_bias_quick_gelu(float* x, const float* bias, int64_t rows, int64_t width);
+
+    // residual [rows, width] += x + bias [width].
+    void add_with_bias(float* residual, const float* x, const float* bias, int64_t rows, int64_t width);
 
     // The gradients of swiglu for x and, unless prob is null, for prob [rows].
     void swiglu_grad(const float* x, const float* prob, const float* grad_out, int64_t rows, int64_t width,

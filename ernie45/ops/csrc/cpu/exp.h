@@ -38,4 +38,19 @@ inline float exp(float x) {
   return e * power_of_two(half) * power_of_two(power - half);
 }
 
+// 2 to the x for x <= 0, within 4 ulp of the truth, in fewer steps than exp: x = n + f with |f| <= 1 / 2, and n goes
+// into the exponent of the minimax polynomial 2^f. At least 2^-125; NaN for a NaN whose lower half is zero, as it is in
+// every NaN that bfloat16 numbers lead to.
+inline float exp2_of_negative(float x) {
+  constexpr float kRounder = 12582912.0f;  // as above
+  x = x < -125.0f ? -125.0f : x;
+  const float shifted = x + kRounder;
+  const float f = x - (shifted - kRounder);
+  const float tail = 0.24022242f + f * (0.055507336f + f * (0.009671513f + f * 0.0013264727f));
+  const uint32_t bits = float_bits(1.0f + f * (0.693147f + f * tail)) + (float_bits(shifted) << 23);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 }  // namespace ernie::ERNIE_ISA

@@ -4,8 +4,10 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "memory.h"
+#include "tile.h"
 
 namespace ernie::ERNIE_ISA {
 namespace {
@@ -59,45 +61,6 @@ IntegerRows integer_rows(const PackedMatrix& weight, int64_t rows, void* buffer,
 }
 
 #ifdef __AVX512F__
-
-void round_row(const float* x, int64_t count, int64_t padded, uint16_t* out) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
-  for (; i < padded; ++i) out[i] = i < count ? float_to_bfloat16(x[i]) : 0;
-}
-
-template <int Rows>
-void bfloat16_tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t pairs, float* c,
-                   int64_t c_stride, const char* ahead, int64_t ahead_stride) {
-  __m512 sum[Rows][4];
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; ++p, panel += 2 * kPanel) {
-    if (ahead) {
-      const char* half = ahead + (p / 2) * ahead_stride + p % 2 * 128;
-      _mm_prefetch(half, _MM_HINT_T1);
-      _mm_prefetch(half + 64, _MM_HINT_T1);
-    }
-    __m512bh w[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) w[v] = (__m512bh)_mm512_loadu_si512(panel + 32 * v);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * a_stride + 2 * p, 4);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w[v], x);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(c + r * c_stride + 16 * v, sum[r][v]);
-}
 
 constexpr int kBfloat16Rows = 6;
 
@@ -244,38 +207,6 @@ constexpr int kInt4Rows = 2;
 
 #else  // AVX2: widen weights to float32 and multiply; the same numbers, except for the order of additions
 
-void round_row(const float* x, int64_t count, int64_t padded, uint16_t* out) {
-  for (int64_t i = 0; i < padded; ++i) out[i] = i < count ? float_to_bfloat16(x[i]) : 0;
-}
-
-template <int Rows>
-void bfloat16_tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t pairs, float* c,
-                   int64_t c_stride, const char*, int64_t) {
-  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
-  for (int64_t column = 0; column < kPanel; column += 16) {
-    __m256 sum[Rows][2];
-    for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    for (int64_t p = 0; p < pairs; ++p) {
-      const uint16_t* w = panel + (p * kPanel + column) * 2;
-      const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-      const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16));
-      const __m256 even[2] = {_mm256_castsi256_ps(_mm256_slli_epi32(left, 16)),
-                              _mm256_castsi256_ps(_mm256_slli_epi32(right, 16))};
-      const __m256 odd[2] = {_mm256_castsi256_ps(_mm256_and_si256(left, upper)),
-                             _mm256_castsi256_ps(_mm256_and_si256(right, upper))};
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        const __m256 x0 = _mm256_set1_ps(bfloat16_to_float(a[r * a_stride + 2 * p]));
-        const __m256 x1 = _mm256_set1_ps(bfloat16_to_float(a[r * a_stride + 2 * p + 1]));
-        for (int v = 0; v < 2; ++v)
-          sum[r][v] = _mm256_fmadd_ps(odd[v], x1, _mm256_fmadd_ps(even[v], x0, sum[r][v]));
-      }
-    }
-    for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < 2; ++v) _mm256_storeu_ps(c + r * c_stride + column + 8 * v, sum[r][v]);
-  }
-}
-
 constexpr int kBfloat16Rows = 4;
 
 void integer_row(const float* x, int64_t count, int64_t row, const IntegerRows& out, int64_t) {
@@ -390,10 +321,13 @@ void prepare_activations(const PackedMatrix& weight, const float* x, int64_t x_s
   const IntegerRows out = rounded ? IntegerRows{} : integer_rows(weight, rows, buffer, nullptr);
   for (int64_t row = first; row < last; ++row) {
     const float* source = x + (sources ? sources[row] : row) * x_stride;
-    if (rounded)
-      round_row(source, weight.in, padded, static_cast<uint16_t*>(buffer) + row * padded);
-    else
+    if (!rounded) {
       integer_row(source, weight.in, row, out, group);
+      continue;
+    }
+    uint16_t* target = static_cast<uint16_t*>(buffer) + row * padded;
+    round_row(source, weight.in, target);
+    if (padded > weight.in) target[weight.in] = 0;
   }
 }
 
@@ -416,13 +350,17 @@ void multiply_tile(const uint16_t* a, int64_t a_stride, int64_t rows, const uint
     const uint16_t* a_rows = a + first * a_stride;
     float* c_rows = c + first * c_stride;
     const char* next = static_cast<const char*>(ahead);
+    auto tile = [&](auto height) {
+      bfloat16_tile<decltype(height)::value, kPanel / kVector>(a_rows, a_stride, panel, 2 * kPanel, pairs, c_rows,
+                                                               c_stride, nullptr, next, ahead_stride);
+    };
     switch (count) {
-      case 1: bfloat16_tile<1>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
-      case 2: bfloat16_tile<2>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
-      case 3: bfloat16_tile<3>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
-      case 4: bfloat16_tile<4>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
-      case 5: bfloat16_tile<5>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride); break;
-      default: bfloat16_tile<kBfloat16Rows>(a_rows, a_stride, panel, pairs, c_rows, c_stride, next, ahead_stride);
+      case 1: tile(std::integral_constant<int, 1>{}); break;
+      case 2: tile(std::integral_constant<int, 2>{}); break;
+      case 3: tile(std::integral_constant<int, 3>{}); break;
+      case 4: tile(std::integral_constant<int, 4>{}); break;
+      case 5: tile(std::integral_constant<int, 5>{}); break;
+      default: tile(std::integral_constant<int, kBfloat16Rows>{});
     }
     if (ahead) ahead = static_cast<const char*>(ahead) + pairs / 2 * ahead_stride;
   });
