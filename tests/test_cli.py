@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ernie45 import cli
+from tests.helpers.vision import write_vision_folder
 
 SUM = "3+8=11, 2+5+1=8. 81\n"  # what the embedded model says to 23+58=?
 DIFFERENCE = "1+10-3=8, 8-1-2=5. 58\n"  # and to 81-23=?
@@ -117,3 +119,59 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str)
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert f"Example: ernie45 {command}" in capsys.readouterr().out
+
+
+# Pictures. The model is random, so only the way through is tested here.
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.new("RGB", (90, 60), "teal").save(path)
+    return str(path)
+
+
+FEW = ("--max-new-tokens", "3")
+
+
+def test_generate_with_a_picture_depends_on_it(
+    capsys: pytest.CaptureFixture[str], vision_folder: Path, photo: str
+) -> None:
+    asked = ("generate", str(vision_folder), "--prompt", "What?", *FEW)
+    status, seen, errors = run(capsys, *asked, "--image", photo)
+    assert (status, errors) == (0, "") and seen != run(capsys, *asked)[1]
+
+
+def test_chat_shows_pictures_with_questions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, vision_folder: Path, photo: str
+) -> None:
+    def chat(lines: str, *options: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        status, out, _ = run(capsys, "chat", str(vision_folder), *FEW, *options)
+        assert status == 0
+        return out.splitlines()
+
+    first = chat("What?\n", "--image", photo)
+    assert chat(f"/image {photo}\nWhat?\n") == first  # said on the command line or in the conversation
+    assert chat(f"What?\n/new\n/image {photo}\nWhat?\n")[-1:] == first[-1:]
+
+
+def test_a_text_model_sees_no_pictures(capsys: pytest.CaptureFixture[str], photo: str) -> None:
+    status, _, errors = run(capsys, "generate", "--prompt", "What?", "--image", photo)
+    assert status == 1 and "is a text model and sees no pictures" in errors
+
+
+def test_a_picture_that_is_not_there(capsys: pytest.CaptureFixture[str], vision_folder: Path) -> None:
+    status, _, errors = run(capsys, "generate", str(vision_folder), "--prompt", "What?", "--image", "nowhere.png")
+    assert status == 1 and "nowhere.png" in errors and "Traceback" not in errors
+
+
+def test_raw_goes_without_pictures(capsys: pytest.CaptureFixture[str], vision_folder: Path, photo: str) -> None:
+    arguments = ("generate", str(vision_folder), "--raw", "--prompt", "x", "--image", photo)
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1 and "--raw" in errors

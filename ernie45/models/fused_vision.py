@@ -1,8 +1,8 @@
-"""Runs a vision tower with packed weights in one operator, group by group of frames."""
+"""Runs a vision tower with packed weights in one operator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -13,10 +13,6 @@ from ernie45.models.vision import VisionBlock, VisionTransformer, rotary_2d
 from ernie45.ops import custom
 from ernie45.ops.packed import PackedWeight
 from ernie45.ops.vision import Biased, Norm, PackedTower, PackedVisionBlock, vision
-
-# Patches that go through the tower at once: enough for all threads, while memory does not grow with the number of
-# pictures. A frame with more goes alone.
-GROUP_PATCHES = 16384
 
 
 class FusedVision:
@@ -47,31 +43,8 @@ class FusedVision:
         Returns:
             [N, width] float32.
         """
-        groups = list(frame_groups(lengths, GROUP_PATCHES))
-        if len(groups) == 1:
-            return self._run(x, places, lengths)
-        out = paddle.empty([x.shape[0], self.config.width], dtype="float32")
-        first = 0
-        for group in groups:
-            last = first + sum(group)
-            out[first:last] = self._run(x[first:last], places[first:last], group)
-            first = last
-        return out
-
-    def _run(self, x: Tensor, places: np.ndarray, lengths: Sequence[int]) -> Tensor:
         cos, sin = (angles.squeeze(1) for angles in rotary_2d(places, self.config.head_dim))
         return vision(x, cos, sin, lengths, self.tower)
-
-
-def frame_groups(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cuts the lengths of frames into runs of at most `most` patches in total, or of one longer frame."""
-    group: list[int] = []
-    for length in lengths:
-        if group and sum(group) + length > most:
-            yield group
-            group = []
-        group.append(length)
-    yield group
 
 
 def _block(block: VisionBlock) -> PackedVisionBlock:

@@ -6,6 +6,8 @@ the frames and not with its square.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,6 +134,35 @@ class VisionTransformer(nn.Layer):
 def frame_lengths(grid_thw: np.ndarray) -> list[int]:
     """Patches of each frame, in order."""
     return [int(rows * columns) for frames, rows, columns in grid_thw for _ in range(frames)]
+
+
+def encoder_batches(grid_thw: np.ndarray, frames_per_token: int, most: int) -> Iterator[np.ndarray]:
+    """Cuts pictures and videos into batches of at most `most` patches, or of one larger picture or pair of frames.
+
+    Frames see nothing of each other before the adapter joins them, so a video may be cut between its pairs of frames:
+    features of all batches together are those of the whole.
+
+    Args:
+        grid_thw: [items, 3] frames, rows and columns of patches.
+        frames_per_token: frames that must stay together.
+        most: patches.
+
+    Yields:
+        grid_thw of each batch.
+    """
+    batch: list[tuple[int, int, int]] = []
+    patches = 0
+    for frames, rows, columns in grid_thw.tolist():
+        step = max(1, most // (rows * columns) // frames_per_token) * frames_per_token
+        for first in range(0, frames, step):
+            piece = (min(step, frames - first), rows, columns)
+            if batch and patches + math.prod(piece) > most:
+                yield np.array(batch)
+                batch, patches = [], 0
+            batch.append(piece)
+            patches += math.prod(piece)
+    if batch:
+        yield np.array(batch)
 
 
 def patch_places(grid_thw: np.ndarray, merge_size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 from paddle import Tensor
+from tqdm import tqdm
 
 from ernie45 import ops
 from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors
@@ -22,12 +23,16 @@ from ernie45.models.adapter import Adapter
 from ernie45.models.cache import KVCache
 from ernie45.models.moe import Routing
 from ernie45.models.pretrained import PretrainedModel
-from ernie45.models.vision import VisionTransformer, read_grid
+from ernie45.models.vision import VisionTransformer, encoder_batches, read_grid
 from ernie45.processing.positions import position_ids as positions_of
 from ernie45.processing.positions import split_grid, token_types
 
 if TYPE_CHECKING:
     from ernie45.processing.processor import ErnieProcessor
+
+
+# Patches that are encoded at once: enough for all threads, while memory does not grow with the number of pictures.
+ENCODER_PATCHES = 16384
 
 
 class ErnieForConditionalGeneration(PretrainedModel):
@@ -130,11 +135,18 @@ class ErnieForConditionalGeneration(PretrainedModel):
         expected = [int(grid.prod(axis=1).sum()), self.vision.patch_bytes]
         if list(images.shape) != expected:
             raise ErnieError(f"images: expected {expected} for grid_thw {grid.tolist()}, found {list(images.shape)}")
-        if not len(grid):
-            return paddle.zeros(
-                [0, self.config.hidden_size], dtype=ops.compute_dtype(self.vision_model.ln.weight.dtype)
-            )
-        return self.adapter(self.vision_model(images, grid), grid)
+        parts, first = [], 0
+        hidden_bar = None if len(images) > ENCODER_PATCHES // 4 else True  # None: shown on a terminal only
+        with tqdm(total=len(images), unit="patch", desc="Encoding pictures", leave=False, disable=hidden_bar) as bar:
+            for batch in encoder_batches(grid, self.vision.frames_per_token, ENCODER_PATCHES):
+                last = first + int(batch.prod(axis=1).sum())
+                parts.append(self.adapter(self.vision_model(images[first:last], batch), batch))
+                bar.update(last - first)
+                first = last
+        if not parts:
+            dtype = ops.compute_dtype(self.adapter.after_norm.weight.dtype)
+            return paddle.zeros([0, self.config.hidden_size], dtype=dtype)
+        return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
     def generate(
         self,

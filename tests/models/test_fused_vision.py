@@ -17,8 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45 import ops
-from ernie45.models import fused_vision
-from ernie45.models.fused_vision import frame_groups
 from ernie45.models.vision import VisionTransformer
 from ernie45.ops import custom
 from tests.helpers.fused import both_instruction_sets, fused
@@ -147,31 +145,6 @@ def test_the_number_of_threads_changes_nothing(isa: str, threads: int) -> None:
         expected = encode(tower, x, MIXED)
     with fused(isa, "vision", threads=threads):
         np.testing.assert_array_equal(encode(tower, x, MIXED), expected)
-
-
-def test_groups_of_frames_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    tower = towers()[1]
-    x = pixels(tower.config, MIXED)
-    expected = encode(tower, x, MIXED)
-    calls = []
-
-    def recording(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor, lengths: list[int], _: object) -> object:
-        calls.append(list(lengths))
-        return vision(x, cos, sin, lengths, _)
-
-    vision = fused_vision.vision
-    monkeypatch.setattr(fused_vision, "vision", recording)
-    monkeypatch.setattr(fused_vision, "GROUP_PATCHES", 40)
-    np.testing.assert_array_equal(encode(tower, x, MIXED), expected)
-    assert calls == [[35, 1, 1, 1], [82], [16, 16], [80]]
-
-
-@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 40))
-def test_groups_are_as_large_as_they_may_be(lengths: list[int], most: int) -> None:
-    groups = list(frame_groups(lengths, most))
-    assert [length for group in groups for length in group] == lengths
-    assert all(sum(group) <= most or len(group) == 1 for group in groups)
-    assert all(sum(one) + other[0] > most for one, other in zip(groups, groups[1:], strict=False))
 
 
 def test_uint8_patches_and_blocks_of_patches() -> None:

@@ -17,6 +17,7 @@ from ernie45.models.vision import (
     PIXEL_DEVIATION,
     PIXEL_MEAN,
     VisionTransformer,
+    encoder_batches,
     frame_lengths,
     patch_places,
     read_grid,
@@ -289,3 +290,22 @@ def test_read_grid_leaves_padding_out() -> None:
 def test_read_grid_refuses(grid: list[Any], message: str) -> None:
     with pytest.raises(ErnieError, match=message):
         read_grid(grid, tiny_vision())
+
+
+# Batches of the encoder.
+
+SIDES = st.tuples(st.sampled_from([1, 1, 2, 4, 6, 10]), st.integers(1, 4), st.integers(1, 4))
+
+
+@given(st.lists(SIDES, max_size=6), st.integers(1, 60))
+def test_batches_are_as_large_as_they_may_be(items: list[tuple[int, int, int]], most: int) -> None:
+    grid = np.array(items, "int64").reshape(-1, 3)
+    batches = list(encoder_batches(grid, 2, most))
+    assert frame_lengths(np.concatenate([grid[:0], *batches])) == frame_lengths(grid)
+    for batch in batches:
+        frames, rows, columns = batch[0]
+        assert batch.prod(axis=1).sum() <= most or (len(batch) == 1 and frames <= 2)
+        assert all(piece[0] == 1 or piece[0] % 2 == 0 for piece in batch)
+    pieces = [piece.prod() for batch in batches for piece in batch[:1]]
+    totals = [batch.prod(axis=1).sum() for batch in batches]
+    assert all(total + piece > most for total, piece in zip(totals, pieces[1:], strict=False))

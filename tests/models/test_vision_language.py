@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 from ernie45.errors import ConfigError, ErnieError
+from ernie45.models import vision_language
 from ernie45.models.causal_lm import ErnieForCausalLM
 from ernie45.models.vision_language import ErnieForConditionalGeneration
 from tests.helpers.tiny import as_float32, difference, read_folder
@@ -62,6 +63,17 @@ def test_types_and_positions_follow_from_ids_and_grid(models, data, case: str) -
 def test_greedy_tokens_are_those_of_the_reference(models, data, layout: str, case: str) -> None:
     result = models[layout].generate(**inputs(data, case), max_new_tokens=8, vocab_size=TEXT_IDS, eos_token_id=[])
     assert result.ids.tolist() == data[f"{case}.greedy_ids"].tolist()
+
+
+@pytest.mark.parametrize("most", [1, 40, 64])
+@paddle.no_grad()
+def test_encoding_in_batches_changes_nothing(models, data, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A video is cut between its pairs of frames, several pictures between them."""
+    images = np.concatenate([data["long_video.images"], data["mixed.images"]])
+    grid = np.concatenate([data["long_video.grid_thw"], data["mixed.grid_thw"]])
+    expected = models["paddle"].encode_images(images, grid)
+    monkeypatch.setattr(vision_language, "ENCODER_PATCHES", most)
+    assert difference(models["paddle"].encode_images(images, grid), expected) < 1e-5
 
 
 # What does not go together.
