@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ernie45.bench.contenders import PEERS, VARIANTS, Contender, Setting, own_contenders, peer_contenders
+from ernie45.bench.plan import EncodeTask
 from ernie45.errors import ErnieError
 
 if TYPE_CHECKING:
     from ernie45.bench.report import Report
+    from ernie45.config import VisionConfig
+
+PICTURES = ("448x448", "1792x1344")
+VIDEOS = ("16x448x448",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +43,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_positive, nargs="+", default=[32, 8192], help="tokens before decoding")
     parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], help="rows")
     parser.add_argument("--new", type=_positive, default=64, help="tokens to decode")
+    parser.add_argument(
+        "--picture",
+        action="append",
+        type=_picture,
+        metavar="WIDTHxHEIGHT",
+        help="a picture's size for a vision-language model; the first one also begins a prompt (repeatable; "
+        "448x448 and 1792x1344 by default)",
+    )
+    parser.add_argument(
+        "--video",
+        action="append",
+        type=_video,
+        metavar="FRAMESxWIDTHxHEIGHT",
+        help="a video's size for a vision-language model (repeatable; 16x448x448 by default)",
+    )
+    parser.add_argument("--together", type=_positive, default=8, help="so many of the largest picture at once")
     parser.add_argument("--rounds", type=_positive, default=5, help="runs of everything; medians are reported")
     parser.add_argument("--threads", type=_positive, help="CPU threads of each; OMP_NUM_THREADS or all cores if absent")
     parser.add_argument(
@@ -73,14 +94,40 @@ def _measure(options: argparse.Namespace, model: Path, folder: Path) -> Report:
 
     threads = options.threads or num_threads()
     variants = tuple(options.variant or VARIANTS)
-    setting = Setting(model, variants, threads, folder, _pythons(options.peer_python))
+    config = find_config(str(model))[0]
+    seeing = config.vision is not None
+    setting = Setting(model, variants, threads, folder, _pythons(options.peer_python), seeing)
     contenders, problems = _contenders(setting, options.peer or [])
     plan = Plan(
-        tuple(options.prompts), tuple(options.context), tuple(options.batch), options.new, options.rounds, threads
+        tuple(options.prompts),
+        tuple(options.context),
+        tuple(options.batch),
+        options.new,
+        options.rounds,
+        threads,
+        media=_media(options, config.vision),
+        together=options.together,
     )
     found = measure(contenders, plan)
     found.problems[:0] = problems
-    return Report(Path(options.model).name, find_config(str(model))[0], plan, found)
+    return Report(Path(options.model).name, config, plan, found)
+
+
+def _media(options: argparse.Namespace, vision: VisionConfig | None) -> tuple[EncodeTask, ...]:
+    """The pictures and videos to measure, each once; none for a text model."""
+    if vision is None:
+        if options.picture or options.video:
+            raise ErnieError("--picture, --video: the model is a text model, which sees nothing; leave them out")
+        return ()
+    media = [*(options.picture or map(_picture, PICTURES)), *(options.video or map(_video, VIDEOS))]
+    for task in media:
+        if task.width % vision.factor or task.height % vision.factor:
+            raise ErnieError(
+                f"--picture, --video: {task.width}x{task.height} pixels; both must be multiples of {vision.factor}"
+            )
+        if task.frames > 1 and task.frames % vision.frames_per_token:
+            raise ErnieError(f"--video: {task.frames} frames; expected a multiple of {vision.frames_per_token}")
+    return tuple(dict.fromkeys(media))
 
 
 def _contenders(setting: Setting, peers: list[str]) -> tuple[list[Contender], list[str]]:
@@ -134,6 +181,25 @@ def _pythons(pairs: list[str] | None) -> dict[str, str]:
             raise ErnieError(f"--peer-python: expected PEER=PATH with a PEER of {', '.join(PEERS)}, found {pair!r}")
         found[peer] = path
     return found
+
+
+def _picture(text: str) -> EncodeTask:
+    return EncodeTask(*_sides(text, 2, "WIDTHxHEIGHT"))
+
+
+def _video(text: str) -> EncodeTask:
+    frames, width, height = _sides(text, 3, "FRAMESxWIDTHxHEIGHT")
+    if frames < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2 frames, found {text!r}")
+    return EncodeTask(width, height, frames)
+
+
+def _sides(text: str, count: int, form: str) -> list[int]:
+    """Numbers of at least 1 with x between them."""
+    parts = text.split("x")
+    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected {form}, for example {'x'.join(['448'] * count)}, found {text!r}")
+    return [int(part) for part in parts]
 
 
 def _positive(text: str) -> int:

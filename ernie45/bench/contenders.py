@@ -57,6 +57,7 @@ class Setting:
         threads: CPU threads of each.
         folder: where converted weights are written, and found again.
         pythons: interpreter of each peer that does not run on this one.
+        vision: whether it is a vision-language model.
     """
 
     model: Path
@@ -64,6 +65,7 @@ class Setting:
     threads: int
     folder: Path
     pythons: dict[str, str] = field(default_factory=dict)
+    vision: bool = False
 
     def python(self, peer: str) -> str:
         """The interpreter that has this peer."""
@@ -78,7 +80,7 @@ def own_contenders(setting: Setting) -> Iterator[Contender]:
         yield Contender(
             f"ernie45 {variant}",
             variant,
-            "ernie45.bench.ours:Ernie45",
+            f"ernie45.bench.ours:Ernie45{'Vision' if setting.vision else ''}",
             options,
             extended=variant == extended,
             peer=False,
@@ -89,8 +91,10 @@ def peer_contenders(peer: str, setting: Setting) -> list[Contender]:
     """One peer, after its files have been written.
 
     Raises:
-        ErnieError: the peer is not installed, or its files cannot be written.
+        ErnieError: the peer is not installed, its files cannot be written, or it is not measured on such a model.
     """
+    if setting.vision and peer not in VISION_PEERS:
+        raise ErnieError(f"{peer}: is not measured on vision-language models, only on text models")
     module, make = PEERS[peer]
     if not _has_module(setting.python(peer), module):
         raise ErnieError(
@@ -107,7 +111,7 @@ def _transformers(setting: Setting) -> Iterator[Contender]:
         yield Contender(
             f"transformers {dtype}",
             dtype,
-            "ernie45.bench.peers:Transformers",
+            "ernie45.bench.peers_vision:TransformersVision" if setting.vision else "ernie45.bench.peers:Transformers",
             {"model": str(folder), "threads": setting.threads, "dtype": dtype},
             setting.python("transformers"),
         )
@@ -137,6 +141,7 @@ PEERS: dict[str, tuple[str, Callable[[Setting], Iterator[Contender]]]] = {
     "llama.cpp": ("llama_cpp", _llama_cpp),
     "paddleformers": ("paddleformers", _paddleformers),
 }
+VISION_PEERS = ("transformers",)
 
 
 def _has_module(python: str, module: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,12 @@ class Implementation(ABC):
             "prefill": seconds until the first token is known; "decode": seconds per further step, if new > 0.
         """
         ids = np.random.default_rng(0).integers(3, self.vocabulary, [batch, prompt])
+        return self.timed(lambda: self.start(ids, prompt + new), new, seconds)
+
+    def timed(self, start: Callable[[], None], new: int, seconds: float) -> dict[str, float]:
+        """Times `start`, which reads a prompt, and what follows; see `run`."""
         begin = time.perf_counter()
-        self.start(ids, prompt + new)
+        start()
         first = time.perf_counter()
         steps = 0
         while steps < new and (steps < 2 or time.perf_counter() - first < seconds):
@@ -67,6 +72,10 @@ class Implementation(ABC):
     def continue_greedily(self, ids: list[list[int]], new: int) -> list[list[int]]:
         """The next `new` tokens of each row: to see whether implementations compute the same."""
         self.start(np.array(ids), len(ids[0]) + new)
+        return self.continue_started(new)
+
+    def continue_started(self, new: int) -> list[list[int]]:
+        """The `new` tokens that follow the prompt which was started last."""
         columns = [self.tokens]
         for _ in range(new - 1):
             self.step()

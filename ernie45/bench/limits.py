@@ -2,7 +2,7 @@
 
 Decoding reads every used weight once per token, so that it cannot be faster than the memory's bandwidth over these
 bytes; a prompt cannot be computed faster than products of matrices run. Neither counts attention, whose share grows
-with the context, nor the KV cache.
+with the context, nor the KV cache. Of pictures the attention is counted, because its share is large from the start.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie45.checkpoint.names import TensorSpec, checkpoint_tensors
-from ernie45.config import ErnieConfig
+from ernie45.config import ErnieConfig, VisionConfig
 from ernie45.info import active_parameters
 
 
@@ -54,6 +54,47 @@ def operations_per_token(config: ErnieConfig) -> float:
     groups = ("embedding", "head", "norms")
     specs = checkpoint_tensors(config, mtp=False, vision=False)
     return 2 * sum(active_parameters(config, spec) for spec in specs if spec.group not in groups)
+
+
+def operations_per_vision_token(config: ErnieConfig) -> float:
+    """As `operations_per_token`, for a token of a picture, which goes to the experts for vision."""
+    specs = checkpoint_tensors(config, mtp=False)
+    of_experts = sum(spec.size for spec in specs if spec.group == "vision experts")
+    text_experts = sum(active_parameters(config, spec) for spec in specs if spec.group == "text experts")
+    chosen = of_experts * config.moe_k / config.banks[1].num_experts
+    return operations_per_token(config) + 2 * (chosen - text_experts)
+
+
+def picture_operations(config: ErnieConfig, frames: int, height: int, width: int) -> float:
+    """Operations of vision tower and adapter for one picture (frames = 1) or video; sides in pixels."""
+    vision = config.vision
+    assert vision is not None
+    patches = (height // vision.patch_size) * (width // vision.patch_size)
+    blocks = frames * patches // vision.merge_size**2
+    return frames * _tower_operations(vision, patches) + _adapter_operations(
+        config, blocks, picture_tokens(vision, frames, height, width)
+    )
+
+
+def picture_tokens(vision: VisionConfig, frames: int, height: int, width: int) -> int:
+    """Tokens of the decoder that one picture or video becomes; sides in pixels."""
+    return max(frames // vision.frames_per_token, 1) * (height // vision.factor) * (width // vision.factor)
+
+
+def _tower_operations(vision: VisionConfig, patches: int) -> float:
+    """Of one frame. In each block the products with weights, then scores and weighted sums over all its patches."""
+    width = vision.width
+    linear = 2 * (4 * width**2 + 2 * width * vision.intermediate_size)
+    attention = 4 * width * patches
+    return patches * (2 * vision.patch_bytes * width + vision.depth * (linear + attention))
+
+
+def _adapter_operations(config: ErnieConfig, blocks: int, tokens: int) -> float:
+    """Two maps for each block of patches, then three for each token."""
+    vision = config.vision
+    assert vision is not None
+    width = vision.width * vision.merge_size**2
+    return 2 * (blocks * 2 * width**2 + tokens * width * ((vision.frames_per_token + 1) * width + config.hidden_size))
 
 
 def _bytes(config: ErnieConfig, storage: Storage, spec: TensorSpec) -> float:

@@ -10,59 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from ernie45.bench.contenders import Contender
+from ernie45.bench.plan import AnyTask, EncodeTask, Plan
 from ernie45.bench.worker import Worker, WorkerError
 from ernie45.errors import ErnieError
 
 MACHINE = "ernie45.bench.machine:Machine"
 
 
-@dataclass(frozen=True)
-class Task:
-    """A prompt of `prompt` tokens in each of `batch` rows, then `new` tokens (0: only the prompt)."""
-
-    batch: int
-    prompt: int
-    new: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured. The first prompt, context and batch are for every contender, the others for extended ones.
-
-    Attributes:
-        prompts: tokens of the prompts whose time is measured.
-        contexts: tokens after which decoding is measured.
-        batches: rows.
-        new: tokens to decode.
-        rounds: how often.
-        threads: CPU threads.
-        seconds: decoding stops after so many, however few tokens it made.
-    """
-
-    prompts: tuple[int, ...]
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    new: int
-    rounds: int
-    threads: int
-    seconds: float = 8.0
-
-    def prefill_task(self, prompt: int) -> Task:
-        """The task that shows the time of this prompt; the one that decodes after it, if there is one."""
-        return Task(self.batches[0], prompt, self.new if prompt in self.contexts else 0)
-
-    def decode_task(self, context: int, batch: int | None = None) -> Task:
-        """The task that shows the time of decoding."""
-        return Task(batch or self.batches[0], context, self.new)
-
-    def tasks(self, extended: bool) -> list[Task]:
-        """What a contender has to do, each task once, ordinary ones first."""
-        found = [self.prefill_task(self.prompts[0]), self.decode_task(self.contexts[0])]
-        if extended:
-            found += [self.prefill_task(prompt) for prompt in self.prompts]
-            found += [self.decode_task(context) for context in self.contexts]
-            found += [self.decode_task(self.contexts[0], batch) for batch in self.batches]
-        return list(dict.fromkeys(found))
+SMALL_SIDE = 56  # pixels of a picture that warms a model up, and needs next to no time and memory
 
 
 @dataclass(frozen=True)
@@ -70,7 +25,7 @@ class Sample:
     """One run of a task.
 
     Attributes:
-        prefill: seconds until the first token.
+        prefill: seconds until the first token, or, of an `EncodeTask`, until the features.
         decode: seconds per further step, None where there was none.
         machine: the limits measured just before: see `Machine.measure`.
     """
@@ -90,13 +45,16 @@ class Result:
         load_seconds: how long loading took.
         peak_bytes: peak resident memory of its process after the first round of ordinary tasks.
         samples: those of each task.
+        picture_bytes: how much resident memory the largest picture took in the first round, on top of what the process
+            held before; None without pictures, or if unknown.
     """
 
     contender: Contender
     version: str
     load_seconds: float
     peak_bytes: int = 0
-    samples: dict[Task, list[Sample]] = field(default_factory=dict)
+    samples: dict[AnyTask, list[Sample]] = field(default_factory=dict)
+    picture_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,11 +121,14 @@ class _Racer:
     worker: Worker
     result: Result
 
-    def run(self, task: Task, plan: Plan, machine: dict[str, float]) -> None:
-        times = self.worker.call("run", **asdict(task), seconds=plan.seconds)
+    def run(self, task: AnyTask, plan: Plan, machine: dict[str, float]) -> None:
+        limit = {} if isinstance(task, EncodeTask) else {"seconds": plan.seconds}
+        times, growth = self.worker.call_measured(task.method, **asdict(task), **limit)
         self.result.samples.setdefault(task, []).append(Sample(times["prefill"], times.get("decode"), machine))
         if task == plan.decode_task(plan.contexts[0]) and not self.result.peak_bytes:
             self.result.peak_bytes = self.worker.peak_bytes
+        if plan.media and task == plan.largest_picture and self.result.picture_bytes is None:
+            self.result.picture_bytes = growth
 
 
 def _start(contender: Contender, plan: Plan, environment: dict[str, str]) -> _Racer:
@@ -176,6 +137,9 @@ def _start(contender: Contender, plan: Plan, environment: dict[str, str]) -> _Ra
         contender.name, contender.target, contender.options, python=contender.python, environment=environment
     )
     try:
+        if plan.media:
+            worker.call("encode", width=SMALL_SIDE, height=SMALL_SIDE, frames=1, count=1)
+            worker.call("answer", width=SMALL_SIDE, height=SMALL_SIDE, text=plan.text, new=2, seconds=0)
         worker.call("run", batch=1, prompt=plan.prompts[0], new=2, seconds=0)
         return _Racer(worker, Result(contender, **worker.call("describe")))
     except BaseException:

@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ernie45.bench.limits import STORAGES, Storage, bytes_per_token, operations_per_token
-from ernie45.bench.measure import Measurements, Plan, Result, Sample, Task
+from ernie45.bench.limits import STORAGES
+from ernie45.bench.measure import Measurements, Result
+from ernie45.bench.picture_tables import PictureTables
+from ernie45.bench.plan import Plan, Task
+from ernie45.bench.speeds import DECODE, PREFILL, Figure, Speed, number, speed, table
 from ernie45.config import ErnieConfig
 from ernie45.memory import format_bytes
-
-PREFILL, DECODE = "prefill", "decode"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Median and spread of several values."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Figure:
-        """The median, the lowest and the highest value."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def text(self, scale: float = 1.0) -> str:
-        """For example "41.2 (39.8 to 43.0)", three digits or all before the point."""
-        return f"{_number(self.median * scale)} ({_number(self.low * scale)} to {_number(self.high * scale)})"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One kind of work of one contender, in all rounds.
-
-    Attributes:
-        rate: tokens per second, all rows together.
-        limit: tokens per second that the machine allowed, measured just before each run.
-        share: rate over limit, of each run.
-    """
-
-    rate: Figure
-    limit: Figure
-    share: Figure
 
 
 class Report:
@@ -85,6 +51,9 @@ class Report:
             "of a machine drifts; shares are medians of each run's own share. Of llama.cpp the better of flash "
             "attention on and off is shown. Peak memory is that of the whole process.",
         ]
+        if plan.media:
+            results = {name: results[0] for name, results in self.groups.items()}
+            sections += PictureTables(self.config, plan, results)
         if self.found.problems:
             sections.append("Not measured:\n\n" + "\n".join(f"- {problem}" for problem in self.found.problems))
         return "\n\n".join(sections) + "\n"
@@ -114,10 +83,10 @@ class Report:
 
     def _draw(self, panel: Any, names: list[str], speeds: list[Speed]) -> None:
         colors = ["tab:gray" if self.groups[name][0].contender.peer else "tab:blue" for name in names]
-        panel.barh(names, [speed.rate.median for speed in speeds], color=colors)
-        for row, speed in enumerate(speeds):
-            panel.plot([speed.limit.median] * 2, [row - 0.4, row + 0.4], color="tab:red")
-            panel.text(speed.rate.median, row, f" {_number(speed.rate.median)}", va="center", fontsize=8)
+        panel.barh(names, [one.rate.median for one in speeds], color=colors)
+        for row, one in enumerate(speeds):
+            panel.plot([one.limit.median] * 2, [row - 0.4, row + 0.4], color="tab:red")
+            panel.text(one.rate.median, row, f" {number(one.rate.median)}", va="center", fontsize=8)
 
     def _limits_table(self) -> str:
         rows = [
@@ -151,7 +120,7 @@ class Report:
             name,
             prefill.rate.text(),
             f"{prefill.share.median:.2f}",
-            f"{_number(tokens / prefill.rate.median)} s",
+            f"{number(tokens / prefill.rate.median)} s",
             decode.rate.text(),
             f"{decode.share.median:.2f}",
             format_bytes(result.peak_bytes),
@@ -194,44 +163,9 @@ class Report:
         return max(found, key=lambda one: one.rate.median)
 
 
-def speed(config: ErnieConfig, storage: Storage, kind: str, task: Task, samples: Sequence[Sample]) -> Speed:
-    """Rates, limits and shares of one task.
-
-    Args:
-        config: architecture.
-        storage: how the weights lie in memory.
-        kind: "prefill" or "decode".
-        task: what was run.
-        samples: its runs.
-    """
-    rates, limits = [], []
-    for sample in samples:
-        if kind == PREFILL:
-            rates.append(task.batch * task.prompt / sample.prefill)
-            products = sample.machine[storage.products] or sample.machine["float32"]
-            limits.append(products / operations_per_token(config))
-        else:
-            assert sample.decode is not None
-            rates.append(task.batch / sample.decode)
-            limits.append(task.batch * sample.machine["bandwidth"] / bytes_per_token(config, storage))
-    shares = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
-    return Speed(Figure.of(rates), Figure.of(limits), Figure.of(shares))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first are aligned to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _threads(machine: dict[str, Any]) -> str:
     return f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
 
 
 def _time_ratio(ratio: float) -> str:
     return f"{1 / ratio:.2f} x time per token"
-
-
-def _number(value: float) -> str:
-    """Three digits, or all of them before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

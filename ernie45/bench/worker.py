@@ -25,6 +25,7 @@ from ernie45.errors import ErnieError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+FORGET_PEAK = "5"  # for clear_refs of Linux: the peak is the present size from now on
 LOG_TAIL = 600  # characters of a worker's own output that an error message shows
 
 
@@ -56,6 +57,7 @@ class Worker:
         environment: Mapping[str, str] | None = None,
     ):
         self.name = name
+        self._forgotten_peak = 0
         paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         try:
@@ -96,14 +98,30 @@ class Worker:
             raise WorkerError(f"{self.name}: the process has ended{self._log_tail()}") from None
         return self._answer()
 
+    def call_measured(self, method: str, **arguments: Any) -> tuple[Any, int | None]:
+        """As `call`, with the bytes of resident memory that it needed at most on top of what was held before.
+
+        They are None where the system does not tell.
+        """
+        self._forgotten_peak, before = self.peak_bytes, self._memory("VmRSS")
+        try:
+            Path(f"/proc/{self._process.pid}/clear_refs").write_text(FORGET_PEAK, encoding="ascii")
+        except OSError:
+            return self.call(method, **arguments), None
+        result = self.call(method, **arguments)
+        return result, self._memory("VmHWM") - before
+
     @property
     def peak_bytes(self) -> int:
         """Largest resident memory that the process has had (0 where the system does not tell)."""
+        return max(self._forgotten_peak, self._memory("VmHWM"))
+
+    def _memory(self, key: str) -> int:
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
         except OSError:
             return 0
-        return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+        return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key)), 0)
 
     def close(self) -> None:
         """Ends the process."""

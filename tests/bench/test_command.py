@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from ernie45 import cli
 from ernie45.bench.contenders import Setting, own_contenders, peer_contenders
 from ernie45.errors import ErnieError
+from tests.helpers.vision import write_processor_folder, write_vision_folder
 
 QUICK = ["--rounds", "1", "--prompts", "16", "--context", "4", "--batch", "1", "--new", "2", "--threads", "1"]
 
@@ -29,6 +31,26 @@ def test_a_run_prints_and_writes_the_report(tmp_path: Path, capsys: pytest.Captu
     assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["cpu.md", "cpu.png"]
 
 
+MEDIA = ["--picture", "56x56", "--picture", "112x56", "--video", "2x56x28", "--together", "3"]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_vision_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_vision_folder(tmp_path / "model")
+    arguments = ["bench", *QUICK, *MEDIA, "--model", str(model), "--variant", "bfloat16", "--peer", "llama.cpp"]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split(" | ")[0] for line in lines if line.startswith("| ") and "---" not in line]
+    assert heads[-10:] == [
+        *("| one picture of 56x56: 4 tokens", "| ernie45 bfloat16"),
+        *("| one picture of 112x56: 8 tokens", "| ernie45 bfloat16"),
+        *("| one video of 2 frames of 56x28: 2 tokens", "| ernie45 bfloat16"),
+        *("| 3 pictures of 112x56, at once", "| ernie45 bfloat16"),
+        *("| prompt of a picture of 56x56 and 16 tokens of text", "| ernie45 bfloat16"),
+    ]
+    assert lines[-1] == "- llama.cpp: is not measured on vision-language models, only on text models"
+
+
 def setting(tmp_path: Path, **pythons: str) -> Setting:
     return Setting(tmp_path / "model", ("float32", "bfloat16", "wint4"), 2, tmp_path, pythons)
 
@@ -41,6 +63,19 @@ def test_the_variants_of_this_library(tmp_path: Path) -> None:
         ("ernie45 wint4", "wint4", False),
     ]
     assert found[2].options["options"] == {"dtype": "bfloat16", "quantization": "wint4"}
+
+
+def test_who_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (tmp_path / "pt").mkdir()
+    (tmp_path / "pt" / "config.json").touch()
+    seeing = replace(setting(tmp_path), vision=True)
+    assert {one.target for one in own_contenders(seeing)} == {"ernie45.bench.ours:Ernie45Vision"}
+    found = {one.target for one in peer_contenders("transformers", seeing)}
+    assert found == {"ernie45.bench.peers_vision:TransformersVision"}
+    for peer in ("llama.cpp", "paddleformers"):
+        with pytest.raises(ErnieError, match=f"{peer}: is not measured on vision-language models"):
+            peer_contenders(peer, seeing)
 
 
 def test_a_peer_that_is_not_installed_says_how_to_name_its_interpreter(
@@ -85,9 +120,41 @@ def test_a_work_folder_belongs_to_one_model(tmp_path: Path, capsys: pytest.Captu
     [
         (["--peer-python", "python3"], "--peer-python: expected PEER=PATH"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--picture", "56x56"], "the model is a text model, which sees nothing"),
     ],
 )
 def test_bad_options_are_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(["bench", *QUICK, *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--picture", "56x57"], "56x57 pixels; both must be multiples of 28"),
+        (["--video", "3x56x56"], "--video: 3 frames; expected a multiple of 2"),
+    ],
+)
+def test_sizes_that_the_model_would_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    write_processor_folder(tmp_path)
+    assert cli.main(["bench", *QUICK, *arguments, "--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--picture", "448"], "expected WIDTHxHEIGHT, for example 448x448, found '448'"),
+        (["--picture", "0x28"], "expected WIDTHxHEIGHT"),
+        (["--video", "448x448"], "expected FRAMESxWIDTHxHEIGHT"),
+        (["--video", "1x448x448"], "expected at least 2 frames"),
+    ],
+)
+def test_sizes_that_are_none(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *arguments])
+    assert message in capsys.readouterr().err

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from ernie45.bench.limits import STORAGES, bytes_per_token, operations_per_token
+from ernie45.bench.limits import (
+    STORAGES,
+    bytes_per_token,
+    operations_per_token,
+    operations_per_vision_token,
+    picture_operations,
+    picture_tokens,
+)
 from ernie45.config import ErnieConfig
 from tests.helpers.tiny import DENSE, MOE
+from tests.helpers.vision import vision_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -65,3 +73,44 @@ def test_the_published_sizes() -> None:
     assert bytes_per_token(small, STORAGES["bfloat16"]) == pytest.approx(2 * 361e6, rel=0.01)
     large = ErnieConfig.from_pretrained(CONFIGS / "ernie-4.5-21b-a3b.json")
     assert operations_per_token(large) == pytest.approx(2 * 3e9, rel=0.15)
+
+
+def test_a_picture_by_hand() -> None:
+    # 112 x 56 pixels are 8 x 4 patches and 8 tokens. Two blocks of width 32 with an MLP of 64; adapter of width 128.
+    config = vision_config()
+    tower = 32 * (2 * 588 * 32 + 2 * (2 * 32 * (3 * 32 + 32 + 64 + 64) + 2 * 2 * 32 * 32))
+    adapter = 2 * 8 * (128 * 128 + 128 * 128 + 256 * 128 + 128 * 128 + 128 * 32)
+    assert picture_operations(config, 1, 56, 112) == tower + adapter
+    assert config.vision is not None
+    assert picture_tokens(config.vision, 1, 56, 112) == 8
+
+
+def test_frames_of_a_video_see_only_themselves_and_pairs_share_tokens() -> None:
+    config = vision_config()
+    frame = 32 * (2 * 588 * 32 + 2 * (2 * 32 * (3 * 32 + 32 + 64 + 64) + 2 * 2 * 32 * 32))
+    spatial, rest = 128 * 128 + 128 * 128, 256 * 128 + 128 * 128 + 128 * 32
+    assert picture_operations(config, 6, 56, 112) == 6 * frame + 2 * (6 * 8 * spatial + 3 * 8 * rest)
+    assert config.vision is not None
+    assert picture_tokens(config.vision, 6, 56, 112) == 3 * 8
+
+
+def test_the_published_tower() -> None:
+    config = ErnieConfig.from_pretrained(CONFIGS / "ernie-4.5-vl-28b-a3b.json")
+    blocks = 32 * (2 * (4 * 1280**2 + 2 * 1280 * 5120) + 4 * 1280 * 12288)
+    assert picture_operations(config, 1, 1344, 1792) == pytest.approx(12288 * blocks, rel=0.03)
+
+
+def test_text_of_a_vision_language_model_costs_what_its_text_part_costs() -> None:
+    config = vision_config()
+    for storage in STORAGES.values():
+        # the correction bias of the other bank is in the same tensor
+        other_bias = 4 * 4 * 2
+        expected = bytes_per_token(config.text_part(), storage) + other_bias
+        assert bytes_per_token(config, storage) == pytest.approx(expected)
+
+
+def test_tokens_of_pictures_go_to_the_other_experts() -> None:
+    # In both layers with experts, 2 of width 8 instead of 2 of width 24 are chosen.
+    config = vision_config()
+    saved = 2 * 2 * weights(((32, 2 * (24 - 8)), (24 - 8, 32)))
+    assert operations_per_vision_token(config) == pytest.approx(operations_per_token(config) - 2 * saved)

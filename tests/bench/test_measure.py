@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from ernie45.bench import measure as module
 from ernie45.bench.contenders import Contender
 from ernie45.bench.implementation import Implementation
-from ernie45.bench.measure import Plan, Task, measure
+from ernie45.bench.measure import measure
+from ernie45.bench.plan import AnswerTask, EncodeTask, Plan, Task
 from ernie45.errors import ErnieError
 
 MODULE = """
@@ -45,6 +47,18 @@ class Counter(Implementation):
 
     def step(self):
         time.sleep(0.001)
+
+    def encode(self, width, height, frames, count):
+        with open(self.log, "a") as log:
+            print(self.name, "encode", width, height, frames, count, file=log)
+        self.pixels = bytearray(count * frames * width * height)
+        del self.pixels
+        return {"prefill": 0.25}
+
+    def answer(self, width, height, text, new, seconds):
+        with open(self.log, "a") as log:
+            print(self.name, "answer", width, height, text, new, seconds, file=log)
+        return {"prefill": 0.5, "decode": 0.125}
 """
 PLAN = Plan(prompts=(6, 20), contexts=(4, 20), batches=(1, 3), new=2, rounds=2, threads=2)
 
@@ -82,6 +96,27 @@ def test_limits_are_measured_before_each_run_and_at_both_ends(tmp_path: Path) ->
     assert [sample.machine["bandwidth"] for sample in samples[Task(1, 6, 0)]] == [2, 4]
     assert [sample.machine["bandwidth"] for sample in samples[Task(1, 4, 2)]] == [3, 5]
     assert [limits["bandwidth"] for limits in found.limits] == [1, 2, 3, 4, 5, 6]
+
+
+def test_pictures_and_videos_come_first(tmp_path: Path) -> None:
+    media = (EncodeTask(28, 56), EncodeTask(8000, 4000), EncodeTask(28, 28, frames=4))
+    plan = replace(PLAN, media=media, together=2, rounds=1, contexts=(4,), prompts=(6,), batches=(1,))
+    found = measure([counter(tmp_path, "a"), counter(tmp_path, "b", extended=True)], plan).results
+    warm_up = ["encode 56 56 1 1", "answer 56 56 16 2 0", "1 6 8"]
+    pictures = ["encode 8000 4000 1 1", "encode 28 56 1 1", "encode 28 28 4 1", "answer 28 56 16 2 8.0"]
+    ordinary = [*pictures, "1 6 6", "1 4 6"]
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line for line in lines if line[0] == "a"] == [f"a {what}" for what in warm_up + ordinary]
+    assert lines[-1] == "b encode 8000 4000 1 2"
+    assert [sample.prefill for sample in found[0].samples[EncodeTask(8000, 4000)]] == [0.25]
+    answer = found[0].samples[AnswerTask(28, 56, 16, 2)][0]
+    assert (answer.prefill, answer.decode) == (0.5, 0.125)
+    assert found[0].picture_bytes == pytest.approx(32e6, rel=0.05)
+    assert found[0].peak_bytes > 32e6
+
+
+def test_text_models_have_no_memory_of_pictures(tmp_path: Path) -> None:
+    assert measure([counter(tmp_path, "a")], PLAN).results[0].picture_bytes is None
 
 
 def test_who_fails_is_named_and_left_out(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from ernie45.bench.contenders import Contender
 from ernie45.bench.limits import STORAGES, Storage, bytes_per_token, operations_per_token
-from ernie45.bench.measure import Measurements, Plan, Result, Sample, Task
-from ernie45.bench.report import DECODE, PREFILL, Figure, Report, speed, table
+from ernie45.bench.measure import Measurements, Result, Sample
+from ernie45.bench.plan import Plan, Task
+from ernie45.bench.report import Report
+from ernie45.bench.speeds import DECODE, PREFILL, Figure, speed, table
 from ernie45.config import ErnieConfig
 from tests.helpers.tiny import DENSE
 

@@ -27,6 +27,9 @@ class Adder:
         self.total += number
         return {"total": self.total, "threads": os.environ.get("OMP_NUM_THREADS")}
 
+    def fill(self, size):
+        return len(bytearray(size))
+
     def fail(self):
         raise KeyError("a reason")
 
@@ -53,6 +56,25 @@ def test_calls_keep_the_object_and_ignore_what_it_prints() -> None:
         assert worker.call("add", number=2) == {"total": 7, "threads": "3"}
         assert worker.call("add", number=2)["total"] == 9
         assert worker.peak_bytes > 2**20
+
+
+def test_growth_is_what_one_call_needs_even_below_an_earlier_peak() -> None:
+    with Worker("adder", TARGET, {"start": 5}) as worker:
+        worker.call("fill", size=200 * 2**20)
+        peak = worker.peak_bytes
+        result, growth = worker.call_measured("fill", size=50 * 2**20)
+        assert result == 50 * 2**20
+        assert growth == pytest.approx(50 * 2**20, rel=0.05)
+        assert worker.peak_bytes == peak > 200 * 2**20
+
+
+def test_growth_is_unknown_where_a_peak_cannot_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> int:
+        raise PermissionError
+
+    with Worker("adder", TARGET, {"start": 5}, environment={"OMP_NUM_THREADS": "1"}) as worker:
+        monkeypatch.setattr(Path, "write_text", refuse)
+        assert worker.call_measured("add", number=1) == ({"total": 6, "threads": "1"}, None)
 
 
 def test_a_failing_call_is_an_error_and_the_next_one_works() -> None:
