@@ -69,6 +69,9 @@ setup(
     packages=[*find_packages(include=["ernie45", "ernie45.*"]), "ernie45.configs"],
     # configs/ stays at the top of the repository, where readers look for it, and is installed inside the package.
     package_dir={"ernie45.configs": "configs"},
-    package_data={"ernie45": ["py.typed", "data/**", "ops/csrc/**", "processing/fonts/**"], "ernie45.configs": ["*.json"]},
+    package_data={
+        "ernie45": ["py.typed", "data/**", "ops/csrc/**", "processing/fonts/**"],
+        "ernie45.configs": ["*.json"],
+    },
     include_package_data=False,
 )

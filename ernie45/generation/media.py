@@ -53,7 +53,7 @@ class Picture:
     @property
     def key(self) -> int:
         """A negative number to take the place of the placeholders where prompts are compared."""
-        return -1 - (int.from_bytes(self.digest, "little") >> 1)
+        return _negative(self.digest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +102,19 @@ def read_media(
         keys = ids.copy()
         for picture in pictures:
             keys[picture.item.first : picture.item.first + picture.item.count] = picture.key
-        kinds = token_types(ids, own, vision) if types is None else types[row]
-        places = position_ids(ids, own, vision) if positions is None else positions[row]
-        read.append(VisionPrompt(keys, (kinds != 0).astype("int64"), places, pictures))
+        banks, places = (token_types(ids, own, vision) != 0).astype("int64"), position_ids(ids, own, vision)
+        taken_banks = banks if types is None else (types[row] != 0).astype("int64")
+        taken_places = places if positions is None else positions[row]
+        if not (np.array_equal(taken_banks, banks) and np.array_equal(taken_places, places)):
+            keys = _unusual_keys(keys, taken_banks, taken_places)
+        read.append(VisionPrompt(keys, taken_banks, taken_places, pictures))
     return read
+
+
+def _unusual_keys(keys: np.ndarray, banks: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Keys that tell tokens apart by bank and position too, for rows where these do not follow from the ids."""
+    rows = np.concatenate([keys[:, None], banks[:, None], positions], axis=1)
+    return np.array([_negative(_digest(row, b"")) for row in rows], "int64")
 
 
 def media_inputs(
@@ -162,8 +171,15 @@ def _encode(
 
 
 def _picture(item: Item, patches: np.ndarray) -> Picture:
-    content = hashlib.blake2b(np.ascontiguousarray(patches).data, digest_size=8, key=str(item.grid).encode())
-    return Picture(item, patches, content.digest())
+    return Picture(item, patches, _digest(patches, str(item.grid).encode()))
+
+
+def _digest(array: np.ndarray, key: bytes) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8, key=key).digest()
+
+
+def _negative(digest: bytes) -> int:
+    return -1 - (int.from_bytes(digest, "little") >> 1)
 
 
 def _read_patches(images: Any, grid: np.ndarray, vision: VisionConfig) -> np.ndarray:
