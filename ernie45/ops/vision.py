@@ -54,7 +54,7 @@ class PackedTower:
         shapes: list[int] = []
 
         def add(matrix: PackedWeight) -> None:
-            shapes.extend([KINDS[matrix.kind], matrix.in_features, matrix.out_features])
+            shapes.extend([KINDS[matrix.kind], matrix.in_features, matrix.out_features, 1])
             weights.extend([matrix.data] if matrix.scales is None else [matrix.data, matrix.scales])
 
         add(patch_embed)

@@ -75,12 +75,12 @@ def test_nothing_to_do(lengths: list[int], tower: PackedTower) -> None:
 def test_other_kinds_of_weights(kind: str, tower: PackedTower) -> None:
     """The last matrix, which holds zeros, in this kind: its bias is all that is left of the product."""
     call, results = Call(tower), []
-    for zeros in (PackedWeight.zeros(one, tower.shapes[-2:]) for one in ("bfloat16", kind)):
+    for zeros in (PackedWeight.zeros(one, tower.shapes[-3:-1]) for one in ("bfloat16", kind)):
         data = [zeros.data] if zeros.scales is None else [zeros.data, zeros.scales]
         call.tower = replace(
             tower,
             weights=[*tower.weights[:-4], *data, *tower.weights[-3:]],  # then its bias and the final norm
-            shapes=[*tower.shapes[:-3], KINDS[zeros.kind], *tower.shapes[-2:]],
+            shapes=[*tower.shapes[:-4], KINDS[zeros.kind], *tower.shapes[-3:]],
         )
         results.append(call.run())
     np.testing.assert_array_equal(results[0], results[1])

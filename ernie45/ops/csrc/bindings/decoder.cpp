@@ -12,48 +12,14 @@ using paddle::Tensor;
 
 constexpr const char* kName = "decoder";
 
-// Hands out tensors in the order in which ernie45/ops/decoder.py lists them.
-class Reader {
- public:
-  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& shapes) : tensors_(tensors), shapes_(shapes) {}
-
-  const float* vector(const char* argument, const Shape& shape) {
-    return checked_float32(kName, argument, next(), shape).data<float>();
-  }
-
-  // An absent matrix has count 0 and no tensors.
-  PackedMatrix matrix(int64_t* count) {
-    PD_CHECK(shape_ + 4 <= shapes_.size(), kName, ": the list of shapes is too short");
-    const PackedShape shape{shapes_[shape_], shapes_[shape_ + 1], shapes_[shape_ + 2], shapes_[shape_ + 3]};
-    shape_ += 4;
-    *count = shape.count;
-    if (!shape.count) return PackedMatrix{};
-    const Tensor& data = next();
-    const Tensor* scales = shape.kind == static_cast<int64_t>(Kind::kInt8) ? &next() : nullptr;
-    return packed_matrix(kName, data, scales, shape);
-  }
-
-  FeedForward feed_forward() {
-    FeedForward network;
-    int64_t count;
-    network.up_gate = matrix(&network.experts);
-    network.down = matrix(&count);
-    PD_CHECK(count == network.experts, kName, ": ", network.experts, " first but ", count, " second projections");
-    return network;
-  }
-
-  bool done() const { return position_ == tensors_.size() && shape_ == shapes_.size(); }
-
- private:
-  const Tensor& next() {
-    PD_CHECK(position_ < tensors_.size(), kName, ": the list of weights is too short");
-    return tensors_[position_++];
-  }
-
-  const std::vector<Tensor>& tensors_;
-  const std::vector<int64_t>& shapes_;
-  size_t position_ = 0, shape_ = 0;
-};
+FeedForward read_feed_forward(WeightReader& reader) {
+  FeedForward network;
+  int64_t count;
+  network.up_gate = reader.matrix(&network.experts);
+  network.down = reader.matrix(&count);
+  PD_CHECK(count == network.experts, kName, ": ", network.experts, " first but ", count, " second projections");
+  return network;
+}
 
 uint16_t* cache_of(const Tensor& tensor, int64_t batch, int64_t capacity, const DecoderConfig& config) {
   const Shape shape = {batch, capacity, config.kv_heads, config.head_dim};
@@ -86,11 +52,11 @@ DecoderConfig read_config(const std::vector<int64_t>& sizes, const std::vector<f
 }
 
 // A layer has all the banks or none of them.
-std::vector<ExpertBank> read_banks(Reader& reader, const DecoderConfig& config, int64_t count) {
+std::vector<ExpertBank> read_banks(WeightReader& reader, const DecoderConfig& config, int64_t count) {
   std::vector<ExpertBank> banks;
   int64_t present = 0;
   for (int64_t i = 0; i < count; ++i) {
-    ExpertBank bank{reader.feed_forward(), nullptr, nullptr};
+    ExpertBank bank{read_feed_forward(reader), nullptr, nullptr};
     const int64_t experts = bank.network.experts;
     if (experts) {
       PD_CHECK(0 < config.moe_k && config.moe_k <= experts, kName, ": moe_k is ", config.moe_k, ", expected 1 to the ",
@@ -106,14 +72,14 @@ std::vector<ExpertBank> read_banks(Reader& reader, const DecoderConfig& config, 
   return banks;
 }
 
-DecoderLayer read_layer(Reader& reader, const DecoderConfig& config, int64_t banks) {
+DecoderLayer read_layer(WeightReader& reader, const DecoderConfig& config, int64_t banks) {
   DecoderLayer layer{};
   int64_t count;
   layer.input_norm = reader.vector("input norm", {config.hidden});
   layer.post_norm = reader.vector("post norm", {config.hidden});
   layer.qkv = reader.matrix(&count);
   layer.out = reader.matrix(&count);
-  layer.dense = reader.feed_forward();
+  layer.dense = read_feed_forward(reader);
   layer.banks = read_banks(reader, config, banks);
   PD_CHECK(layer.dense.experts || !layer.banks.empty(), kName, ": a layer has no feed-forward network");
   return layer;
@@ -151,7 +117,7 @@ std::vector<Tensor> decoder(const Tensor& ids, const Tensor& positions, const Te
   if (banks) groups = checked(kName, "banks", *banks, DataType::INT64, {batch, count});
   if (features) given = checked_float32(kName, "features", *features, {kAny, config.hidden});
 
-  Reader reader(weights, shapes);
+  WeightReader reader(kName, weights, shapes);
   DecoderWeights read;
   int64_t matrices;
   read.embedding = reader.matrix(&matrices);

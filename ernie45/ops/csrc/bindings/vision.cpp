@@ -13,48 +13,23 @@ using paddle::Tensor;
 
 constexpr const char* kName = "vision";
 
-// Hands out tensors in the order in which ernie45/ops/vision.py lists them.
-class Reader {
- public:
-  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& shapes) : tensors_(tensors), shapes_(shapes) {}
+PackedMatrix read_matrix(WeightReader& reader, const char* argument, int64_t in, int64_t out) {
+  int64_t count;
+  const PackedMatrix matrix = reader.matrix(&count);
+  PD_CHECK(count == 1 && (in == kAny || matrix.in == in) && matrix.out == out, kName, ": ", argument, " is ",
+           text({matrix.in, matrix.out}), ", expected ", text({in, out}));
+  return matrix;
+}
 
-  PackedMatrix matrix(const char* argument, int64_t in, int64_t out) {
-    PD_CHECK(shape_ + 3 <= shapes_.size(), kName, ": the list of shapes is too short");
-    const PackedShape shape{shapes_[shape_], shapes_[shape_ + 1], shapes_[shape_ + 2], 1};
-    shape_ += 3;
-    PD_CHECK((in == kAny || shape.in == in) && shape.out == out, kName, ": ", argument, " is [", shape.in, ", ",
-             shape.out, "], expected ", text({in, out}));
-    const Tensor& data = next();
-    const Tensor* scales = shape.kind == static_cast<int64_t>(Kind::kInt8) ? &next() : nullptr;
-    return packed_matrix(kName, data, scales, shape);
-  }
+BiasedMatrix read_biased(WeightReader& reader, const char* argument, int64_t in, int64_t out) {
+  const PackedMatrix weight = read_matrix(reader, argument, in, out);
+  return {weight, reader.vector("bias", {out})};
+}
 
-  BiasedMatrix biased(const char* argument, int64_t in, int64_t out) {
-    const PackedMatrix weight = matrix(argument, in, out);
-    return {weight, vector("bias", out)};
-  }
-
-  NormWeights norm(int64_t width) {
-    const float* weight = vector("weight of a norm", width);
-    return {weight, vector("bias of a norm", width)};
-  }
-
-  bool done() const { return position_ == tensors_.size() && shape_ == shapes_.size(); }
-
- private:
-  const float* vector(const char* argument, int64_t size) {
-    return checked_float32(kName, argument, next(), {size}).data<float>();
-  }
-
-  const Tensor& next() {
-    PD_CHECK(position_ < tensors_.size(), kName, ": the list of weights is too short");
-    return tensors_[position_++];
-  }
-
-  const std::vector<Tensor>& tensors_;
-  const std::vector<int64_t>& shapes_;
-  size_t position_ = 0, shape_ = 0;
-};
+NormWeights read_norm(WeightReader& reader, int64_t width) {
+  const float* weight = reader.vector("weight of a norm", {width});
+  return {weight, reader.vector("bias of a norm", {width})};
+}
 
 VisionWeights read_weights(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes, float epsilon,
                            const std::vector<int64_t>& shapes) {
@@ -66,19 +41,19 @@ VisionWeights read_weights(const std::vector<Tensor>& tensors, const std::vector
   const int64_t width = sizes[0] * sizes[1], wide = sizes[2], depth = sizes[3];
   PD_CHECK(sizes[0] > 0 && sizes[1] > 0 && sizes[1] % 2 == 0 && sizes[1] <= kLargestFrameHead, kName, ": ", sizes[0],
            " heads of ", sizes[1], " are not supported: the size must be even and at most ", kLargestFrameHead);
-  Reader reader(tensors, shapes);
-  weights.patch_embed = reader.matrix("patch embedding", kAny, width);
+  WeightReader reader(kName, tensors, shapes);
+  weights.patch_embed = read_matrix(reader, "patch embedding", kAny, width);
   for (int64_t i = 0; i < depth; ++i) {
     VisionBlock block{};
-    block.norm1 = reader.norm(width);
-    block.qkv = reader.biased("qkv", width, 3 * width);
-    block.proj = reader.biased("proj", width, width);
-    block.norm2 = reader.norm(width);
-    block.fc1 = reader.biased("fc1", width, wide);
-    block.fc2 = reader.biased("fc2", wide, width);
+    block.norm1 = read_norm(reader, width);
+    block.qkv = read_biased(reader, "qkv", width, 3 * width);
+    block.proj = read_biased(reader, "proj", width, width);
+    block.norm2 = read_norm(reader, width);
+    block.fc1 = read_biased(reader, "fc1", width, wide);
+    block.fc2 = read_biased(reader, "fc2", wide, width);
     weights.blocks.push_back(block);
   }
-  weights.norm = reader.norm(width);
+  weights.norm = read_norm(reader, width);
   PD_CHECK(reader.done(), kName, ": more weights than ", depth, " blocks need");
   return weights;
 }
