@@ -1,151 +1,27 @@
-"""Losses against slow definitions in float64, gradients included."""
+"""Losses of the router, and the correction bias."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import paddle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from paddle import Tensor
 
 from ernie45.errors import ErnieError
 from ernie45.losses import (
     RouterLosses,
-    language_model_loss,
+    attach,
     load_balance_loss,
-    losses_by_kind,
     orthogonalization_loss,
+    orthogonalize_step,
     router_losses,
     router_z_loss,
-    token_balanced_loss,
-    token_losses,
+    sum_over_ranks,
     update_correction_bias,
 )
 from ernie45.models.moe import Routing
+from tests.helpers.losses import check, random
 from tests.helpers.numeric import numeric_gradient, softmax, top_k
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def value_and_gradient(loss: Callable[[Tensor], Tensor], at: np.ndarray) -> tuple[float, np.ndarray]:
-    x = paddle.to_tensor(at, stop_gradient=False)
-    value = loss(x)
-    value.backward()
-    return float(value), x.grad.numpy()
-
-
-def check(loss: Callable[[Tensor], Tensor], slow: Callable[[np.ndarray], float], at: np.ndarray) -> None:
-    value, gradient = value_and_gradient(loss, at)
-    assert value == pytest.approx(slow(at.astype(np.float64)), rel=1e-5, abs=1e-6)
-    np.testing.assert_allclose(gradient, numeric_gradient(slow, at), rtol=1e-3, atol=1e-5)
-
-
-# Language model loss.
-
-
-def slow_language_model_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    losses = [-np.log(softmax(row)[label]) for row, label in zip(rows, wanted, strict=True) if label != -100]
-    return float(np.mean(losses)) if losses else 0.0
-
-
-@settings(max_examples=20)
-@given(
-    labels=st.lists(st.sampled_from([-100, 0, 1, 4, 6]), min_size=1, max_size=6),
-    scale=st.sampled_from([0.1, 1.0, 5.0]),
-)
-def test_language_model_loss(labels: list[int], scale: float) -> None:
-    wanted = np.array([labels])
-    check(
-        lambda x: language_model_loss(x, paddle.to_tensor(wanted)),
-        lambda x: slow_language_model_loss(x, wanted),
-        scale * random(1, len(labels), 7),
-    )
-
-
-def test_language_model_loss_without_labels_is_zero_with_zero_gradient() -> None:
-    value, gradient = value_and_gradient(
-        lambda x: language_model_loss(x, paddle.full([2, 3], -100, "int64")), random(2, 3, 5)
-    )
-    assert value == 0 and not gradient.any()
-
-
-def test_language_model_loss_does_not_shift() -> None:
-    logits = np.full((1, 3, 4), -50, np.float32)
-    logits[0, [0, 1, 2], [3, 1, 2]] = 50
-    assert float(language_model_loss(paddle.to_tensor(logits), paddle.to_tensor([[3, 1, 2]]))) < 1e-6
-
-
-def test_language_model_loss_is_computed_in_float32() -> None:
-    logits = paddle.to_tensor(random(2, 4, 9)).astype("bfloat16")
-    labels = paddle.to_tensor(np.arange(8).reshape(2, 4))
-    loss = language_model_loss(logits, labels)
-    assert loss.dtype == paddle.float32
-    expected = slow_language_model_loss(logits.astype("float32").numpy().astype(np.float64), labels.numpy())
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-
-
-def test_language_model_loss_of_extreme_logits_is_finite() -> None:
-    logits = paddle.to_tensor(np.array([[[3e4, -3e4, 0.0]]], np.float32))
-    assert 60 < float(language_model_loss(logits, paddle.to_tensor([[1]]))) < 1e5  # Paddle cuts it off at 64
-    assert float(language_model_loss(logits / 1000, paddle.to_tensor([[1]]))) == pytest.approx(60)
-
-
-def slow_token_losses(logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    return [0.0 if label == -100 else -np.log(softmax(row)[label]) for row, label in zip(rows, wanted, strict=True)]
-
-
-def test_token_losses_have_the_shape_of_the_labels() -> None:
-    logits, labels = random(2, 3, 7), np.array([[0, -100, 6], [-100, 2, 2]])
-    losses = token_losses(paddle.to_tensor(logits).astype("bfloat16"), paddle.to_tensor(labels))
-    assert losses.shape == [2, 3] and losses.dtype == paddle.float32
-    rounded = paddle.to_tensor(logits).astype("bfloat16").astype("float64").numpy()
-    np.testing.assert_allclose(losses.numpy().ravel(), slow_token_losses(rounded, labels), rtol=1e-5)
-
-
-@settings(max_examples=20)
-@given(
-    labels=st.lists(st.sampled_from([-100, 0, 1, 4, 6]), min_size=1, max_size=6),
-    denominator=st.sampled_from([1, 3, 4096, 0.5]),
-)
-def test_token_balanced_loss_has_the_mean_for_value_and_a_fixed_denominator_in_its_gradient(
-    labels: list[int], denominator: float
-) -> None:
-    logits, wanted = random(1, len(labels), 7), np.array([labels])
-    value, gradient = value_and_gradient(
-        lambda x: token_balanced_loss(x, paddle.to_tensor(wanted), denominator), logits
-    )
-    assert value == pytest.approx(slow_language_model_loss(logits.astype(np.float64), wanted), rel=1e-5)
-    expected = numeric_gradient(lambda x: sum(slow_token_losses(x, wanted)) / denominator, logits)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5 / denominator)
-
-
-@pytest.mark.parametrize("denominator", [0, -1, float("nan")])
-def test_token_balanced_loss_refuses_a_denominator_that_is_not_positive(denominator: float) -> None:
-    with pytest.raises(ErnieError, match="denominator: expected a positive number of tokens, found"):
-        token_balanced_loss(paddle.zeros([1, 1, 3]), paddle.zeros([1, 1], "int64"), denominator)
-
-
-def test_losses_by_kind_of_row() -> None:
-    types = [[0, 0, 0], [0, 0, 1], [1, 2, 1], [0, 0, 0], [1, 0, 0]]
-    labels = [[5, -100, 5], [-100, 5, -100], [5, 5, -100], [-100, -100, 5], [5, -100, -100]]
-    losses = [[1.0, 0.0, 2.0], [0.0, 4.0, 0.0], [8.0, 16.0, 0.0], [0.0, 0.0, 3.0], [5.0, 0.0, 0.0]]
-    found = losses_by_kind(paddle.to_tensor(losses), paddle.to_tensor(labels), paddle.to_tensor(types))
-    assert found == {"text": 2.0, "image": 4.5, "video": 12.0}
-
-
-def test_losses_by_kind_leave_out_what_is_not_learned() -> None:
-    types, labels = paddle.to_tensor([[0, 0], [1, 1]]), paddle.to_tensor([[-100, 5], [-100, -100]])
-    assert losses_by_kind(paddle.to_tensor([[0.0, 7.0], [0.0, 0.0]]), labels, types) == {"text": 7.0}
-
-
-# Router losses.
 
 
 def slow_load_balance(probabilities: np.ndarray, counts: np.ndarray) -> float:
@@ -195,6 +71,34 @@ def test_orthogonalization_loss_of_orthogonal_columns_of_any_length_is_zero() ->
 
 def test_orthogonalization_loss_of_equal_columns() -> None:
     assert float(orthogonalization_loss(paddle.ones([6, 4]))) == pytest.approx(12 / 16)
+
+
+@pytest.mark.parametrize(("hidden_size", "experts"), [(7, 4), (3, 5)])
+def test_orthogonalize_step_goes_down_the_gradient(hidden_size: int, experts: int) -> None:
+    start = random(hidden_size, experts)
+    weight = paddle.to_tensor(start, stop_gradient=False)
+    assert orthogonalize_step([weight], 0.5) is None
+    expected = start - 0.5 * numeric_gradient(slow_orthogonalization, start)
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not weight.stop_gradient and weight.grad is None
+
+
+def test_orthogonalize_steps_make_the_loss_fall_to_zero_where_there_is_room() -> None:
+    weight = paddle.to_tensor(random(8, 5), stop_gradient=False)
+    losses = []
+    for _ in range(100):
+        losses.append(float(orthogonalization_loss(weight)))
+        orthogonalize_step([weight], 2.0)
+    assert all(after < before for before, after in zip(losses[:10], losses[1:11], strict=True))
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_orthogonalize_step_leaves_frozen_and_orthonormal_weights_alone() -> None:
+    frozen, directions = paddle.to_tensor(random(7, 4)), np.linalg.qr(random(8, 5))[0]
+    orthonormal = paddle.to_tensor(directions, stop_gradient=False)
+    orthogonalize_step([frozen, orthonormal], 10.0)
+    assert frozen.numpy().tolist() == random(7, 4).tolist()
+    np.testing.assert_allclose(orthonormal.numpy(), directions, atol=1e-5)
 
 
 K = 2
@@ -273,6 +177,23 @@ def test_a_bank_without_tokens_adds_exactly_nothing(empty: list[Routing]) -> Non
     assert other.grad is None or not other.grad.numpy().any()
 
 
+def test_balance_is_k_for_each_bank_and_layer_that_is_routed_uniformly() -> None:
+    turns = np.stack([np.roll(np.arange(5), i) for i in range(5)]).astype(np.float32)
+    uniform = paddle.to_tensor(1e-3 * np.concatenate([turns, turns]))  # each expert is best, second best, ... as often
+    routing = [routed(1, 0, uniform), routed(2, 0, uniform), routed(2, 1, uniform)]
+    weights = {layer: [paddle.ones([7, 5]), paddle.ones([7, 5])] for layer in (1, 2)}
+    found = router_losses(routing, weights, K)
+    assert [float(bank.balance) for bank in found.banks] == pytest.approx([2 * K, K], rel=1e-3)
+
+
+def test_attached_router_losses_reach_gradients_but_not_the_value() -> None:
+    x = paddle.to_tensor([3.0, 5.0], stop_gradient=False)
+    loss = attach(x[0] ** 2, 1e3 * x[1] + x[0])
+    assert float(loss) == 9
+    loss.backward()
+    assert x.grad.numpy().tolist() == [7, 1000]
+
+
 def test_router_losses_of_a_dense_model_can_be_added_to_a_loss() -> None:
     x = paddle.to_tensor(2.0, stop_gradient=False)
     found = router_losses([], {}, K, balance=1.0)
@@ -309,3 +230,37 @@ def test_correction_bias_of_a_bank_without_tokens_stays() -> None:
     bias = paddle.to_tensor([[0.5, 0.5], [0.25, -0.5]])
     update_correction_bias(bias, paddle.to_tensor([[3, 1], [0, 0]]), 0.125)
     assert bias.numpy().tolist() == [[0.375, 0.625], [0.25, -0.5]]
+
+
+def test_correction_bias_follows_the_counts_of_all_ranks() -> None:
+    mine, others = paddle.to_tensor([[9, 0, 0, 3]]), paddle.to_tensor([[0, 0, 20, 0]])
+    bias = paddle.zeros([1, 4])
+    update_correction_bias(bias, mine, 0.5, reduce=lambda counts: counts + others)
+    assert bias.numpy().tolist() == [[-0.5, 0.5, -0.5, 0.5]]  # of 8 each; alone, the third would have gone up
+    assert mine.numpy().tolist() == [[9, 0, 0, 3]]
+
+
+def test_a_single_process_sums_over_itself() -> None:
+    counts = paddle.to_tensor([3, 1])
+    assert sum_over_ranks(counts).numpy().tolist() == [3, 1]
+
+
+def test_all_ranks_are_asked_once_training_is_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paddle.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(paddle.distributed, "all_reduce", lambda counts: counts.add_(paddle.to_tensor([10, 20])))
+    counts = paddle.to_tensor([3, 1])
+    assert sum_over_ranks(counts).numpy().tolist() == [13, 21]
+    assert counts.numpy().tolist() == [3, 1]
+
+
+def test_correction_bias_makes_the_load_of_a_toy_router_more_even() -> None:
+    tokens, experts, k = 512, 8, 2
+    logits = random(tokens, experts) + np.linspace(2, -2, experts, dtype=np.float32)  # most want the first experts
+    scores, bias = paddle.nn.functional.softmax(paddle.to_tensor(logits)), paddle.zeros([experts])
+    excess = []  # load of the busiest expert over the mean load
+    for _ in range(300):
+        chosen = paddle.topk(scores + bias, k)[1]
+        counts = paddle.bincount(chosen.flatten(), minlength=experts)
+        excess.append(float(counts.max()) * experts / (tokens * k))
+        update_correction_bias(bias, counts, 1e-3)
+    assert excess[0] > 2.5 and excess[100] < excess[0] - 0.5 and max(excess[-10:]) < 1.25

@@ -1,86 +1,18 @@
-"""Losses of the language model and of the router."""
+"""Losses of the router, and what keeps its experts busy without a loss: the correction bias."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor
 
 from ernie45.errors import ErnieError
 
 if TYPE_CHECKING:
     from ernie45.models.moe import Routing
-
-IGNORED_LABEL = -100
-KINDS = ("text", "image", "video")  # of a row; their places are the values of token_type_ids
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of every token in float32, [...]; 0 where the label is -100.
-
-    Args:
-        logits: [..., vocab_size]
-        labels: [...] int64, already shifted: labels[i] is the token that follows position i.
-    """
-    return F.cross_entropy(
-        logits.astype("float32"), labels.unsqueeze(-1), reduction="none", ignore_index=IGNORED_LABEL
-    ).reshape(labels.shape)
-
-
-def language_model_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the labels that are not -100, in float32; 0 if there are none.
-
-    Args:
-        logits, labels: as of `token_losses`.
-    """
-    return _mean(token_losses(logits, labels), labels)
-
-
-def token_balanced_loss(logits: Tensor, labels: Tensor, denominator: float) -> Tensor:
-    """The value of `language_model_loss` with the gradient of sum(losses) / denominator.
-
-    With s = sum(losses) / denominator it is s - stop_gradient(s) + stop_gradient(mean(losses)). Every token that is
-    learned then weighs the same in every batch, however many tokens of the batch are pictures or prompts.
-
-    Args:
-        logits, labels: as of `token_losses`.
-        denominator: tokens of a full batch on one device (the key `token_balance_seqlen` of published configs).
-
-    Raises:
-        ErnieError: the denominator is not positive.
-    """
-    if not denominator > 0:
-        raise ErnieError(f"denominator: expected a positive number of tokens, found {denominator!r}")
-    losses = token_losses(logits, labels)
-    scaled = losses.sum() / denominator
-    return scaled - scaled.detach() + _mean(losses, labels).detach()
-
-
-@paddle.no_grad()
-def losses_by_kind(losses: Tensor, labels: Tensor, token_type_ids: Tensor) -> dict[str, float]:
-    """For reports: the mean loss of the rows with text alone, with pictures, and with videos (and maybe pictures).
-
-    Args:
-        losses: [batch, sequence], of `token_losses`.
-        labels: [batch, sequence] int64.
-        token_type_ids: [batch, sequence], 0 text, 1 picture, 2 video.
-
-    Returns:
-        by "text", "image" and "video", without those that no learned token belongs to.
-    """
-    kinds, learned = token_type_ids.max(axis=1, keepdim=True), labels != IGNORED_LABEL
-    chosen = {name: losses[learned & (kinds == kind)] for kind, name in enumerate(KINDS)}
-    return {name: float(part.mean()) for name, part in chosen.items() if part.shape[0]}
-
-
-def _mean(losses: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not -100; 0 if there are none."""
-    count = (labels != IGNORED_LABEL).astype("float32").sum()
-    return losses.sum() / paddle.clip(count, min=1.0)
 
 
 def load_balance_loss(probabilities: Tensor, k: int) -> Tensor:
@@ -116,6 +48,28 @@ def orthogonalization_loss(router_weight: Tensor) -> Tensor:
     directions = weight / norms
     gram = paddle.matmul(directions, directions, transpose_x=True)
     return ((gram - paddle.eye(gram.shape[0], dtype="float32")) ** 2).mean()
+
+
+@paddle.no_grad()
+def orthogonalize_step(router_weights: Iterable[Tensor], rate: float) -> None:
+    """One step down `orthogonalization_loss`, in place: W -= rate * gradient. Frozen weights stay.
+
+    Instead of the loss's term, after the optimizer's step: its moments then do not mix with those of the other losses.
+
+    Args:
+        router_weights: each [hidden_size, experts] float32, such as those of `models.parts.router_weights(model)`.
+        rate: step; the coefficient of the loss times the learning rate would be that of plain gradient descent.
+    """
+    for weight in router_weights:
+        if not weight.stop_gradient:
+            weight.set_value(weight - rate * _orthogonalization_gradient(weight))
+
+
+def _orthogonalization_gradient(weight: Tensor) -> Tensor:
+    point = weight.detach()
+    point.stop_gradient = False
+    with paddle.enable_grad():
+        return paddle.grad(orthogonalization_loss(point), point)[0]
 
 
 @dataclass(frozen=True)
@@ -180,6 +134,14 @@ def router_losses(
     return RouterLosses(_sum(weighted), banks)
 
 
+def attach(loss: Tensor, router_total: Tensor) -> Tensor:
+    """The value of the loss, with the gradients of loss + router_total: loss + r - stop_gradient(r).
+
+    Router losses are reported beside the loss of the language model, which stays comparable between models.
+    """
+    return loss + (router_total - router_total.detach())
+
+
 def _bank_losses(steps: Sequence[Routing], router_weights: Mapping[int, Sequence[Tensor]], k: int) -> BankLosses:
     steps = [step for step in steps if step.logits.shape[0]]
     return BankLosses(
@@ -201,15 +163,33 @@ def _per_bank(name: str, coefficient: float | Sequence[float], banks: int) -> li
     return list(coefficient)
 
 
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """The sum over all processes of the training; the counts as they are if `paddle.distributed` was not started."""
+    if not paddle.distributed.is_initialized():
+        return counts
+    total = counts.clone()
+    paddle.distributed.all_reduce(total)
+    return total
+
+
 @paddle.no_grad()
-def update_correction_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
+def update_correction_bias(
+    bias: Tensor, counts: Tensor, rate: float, reduce: Callable[[Tensor], Tensor] = sum_over_ranks
+) -> None:
     """Moves the bias of busy experts down and of idle ones up by `rate` (arXiv 2408.15664), in place.
+
+    Every process has to call it, with what it counted itself: all then move the bias alike. Ranks that count the same
+    tokens do no harm, since only the order of the loads matters.
+
+    Upstream's pre-training copy sums the counts and then leaves the bias alone, its fine-tuning never finds ERNIE's
+    routers, and without `paddle.distributed` neither does anything. This moves the bias in each of these cases.
 
     Args:
         bias: [banks, experts] or [experts] float32.
         counts: the same shape, assignments per expert since the last update.
         rate: step, 1e-3 upstream.
+        reduce: counts of this process -> of all.
     """
-    load = counts.astype("float32")
+    load = reduce(counts).astype("float32")
     step = paddle.sign(load.mean(axis=-1, keepdim=True) - load) * rate
     bias.set_value(bias + step.reshape(bias.shape))
