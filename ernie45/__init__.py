@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation.prompt_cache import PromptCache
     from .models.cache import KVCache
     from .models.causal_lm import ErnieForCausalLM
+    from .models.sequence_classification import ErnieForSequenceClassification
     from .models.vision_language import ErnieForConditionalGeneration
     from .processing.processor import ErnieProcessor
     from .runtime import set_num_threads
@@ -30,6 +31,7 @@ __all__ = [
     "ErnieConfig",
     "ErnieForCausalLM",
     "ErnieForConditionalGeneration",
+    "ErnieForSequenceClassification",
     "ErnieProcessor",
     "ErnieTokenizer",
     "KVCache",
@@ -43,6 +45,7 @@ _HOMES = {
     "ErnieConfig": ".config",
     "ErnieForCausalLM": ".models.causal_lm",
     "ErnieForConditionalGeneration": ".models.vision_language",
+    "ErnieForSequenceClassification": ".models.sequence_classification",
     "ErnieProcessor": ".processing.processor",
     "ErnieTokenizer": ".tokenizer",
     "KVCache": ".models.cache",

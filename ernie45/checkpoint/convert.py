@@ -76,7 +76,7 @@ def save_model(
     dtype = dtype or model.dtype
     weights = model.weights()
     plans = []
-    for spec in checkpoint_tensors(model.config):
+    for spec in model.tensors():
         weight = weights[spec.name]
         kind = None if quantization is None else quantised_kind(spec, quantization)
         if kind is None:

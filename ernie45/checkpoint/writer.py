@@ -114,6 +114,33 @@ def write_checkpoint(
     return [folder / name for name in names]
 
 
+def write_tensors_atomic(
+    path: str | Path, tensors: Iterable[TensorPlan], *, metadata: dict[str, str], progress: bool = True
+) -> None:
+    """Write tensors into one safetensors file; the old file stays whole until the new one is.
+
+    Args:
+        path: the file; its folder is created if absent.
+        tensors, metadata, progress: as of `write_checkpoint`.
+
+    Raises:
+        CheckpointError: as of `write_checkpoint`.
+    """
+    path, plans = Path(path), list(tensors)
+    _check_plans(plans, metadata, DEFAULT_SHARD_BYTES)
+    shard = _make_shard(path.name, plans, metadata)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(path.parent, len(shard.header) + sum(plan.byte_count for plan in plans))
+    try:
+        with _progress_bar(plans, progress) as bar:
+            _write_shard(path.parent, shard, bar)
+        with _disk_errors(path):
+            os.replace(_partial(path), path)
+    finally:
+        _partial(path).unlink(missing_ok=True)
+
+
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON (UTF-8, keys in their order); the old file stays whole until the new one is.
 

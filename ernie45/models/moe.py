@@ -164,19 +164,22 @@ class MoE(nn.Layer):
         return routed
 
 
-_STACKED = re.compile(r"^(.*\.mlp\.experts\.)(\d+)\.(up_gate_proj|down_proj)$")
+_STACKED = re.compile(r"^(.*\.mlp\.experts\.)(\d+)\.(up_gate_proj|down_proj)(?:_(\w+))?$")
 
 
 def published_tensors(
     name: str, weight: Tensor | PackedWeight, banks: tuple[BankConfig, ...]
 ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """Presents one weight under its published names: stacked experts one by one, as views; all else as it is."""
+    """Presents one weight under its published names: stacked experts one by one, as views; all else as it is.
+
+    So is what stands beside them in a bank: matrix 3 of `up_gate_proj_x` is `experts.3.up_gate_proj.x`.
+    """
     match = _STACKED.match(name)
     if match is None:
         yield name, weight
         return
-    prefix, bank, projection = match[1], int(match[2]), match[3]
+    prefix, bank, projection, what = match[1], int(match[2]), match[3], match[4] or "weight"
     first = sum(b.num_experts for b in banks[:bank])
     for expert in range(weight.shape[0]):
         view = weight[expert] if isinstance(weight, PackedWeight) else weight.detach()[expert]
-        yield f"{prefix}{first + expert}.{projection}.weight", view
+        yield f"{prefix}{first + expert}.{projection}.{what}", view

@@ -21,7 +21,7 @@ from ernie45.models.layers import MLP
 from ernie45.models.mask import AttentionMask
 from ernie45.models.moe import ExpertBank, MoE, Routing
 from ernie45.models.vision import VisionTransformer
-from ernie45.ops import custom
+from ernie45.ops import AdaptedWeight, custom
 from ernie45.ops.decoder import PackedBank, PackedLayer, PackedStack, supports
 from ernie45.ops.packed import BFLOAT16, WINT8, PackedMemory, PackedWeight, aligned, packed_bytes
 from ernie45.quantization.config import NOT_QUANTISED, QuantizationConfig
@@ -59,6 +59,7 @@ def packed_weights(model: nn.Layer) -> Iterator[tuple[str, PackedWeight]]:
     """Every packed weight with the name that its parameter would have."""
     for prefix, layer in model.named_sublayers(include_self=True):
         for name, value in vars(layer).items():
+            value = value.base if isinstance(value, AdaptedWeight) else value
             if isinstance(value, PackedWeight):
                 yield (f"{prefix}.{name}" if prefix else name), value
 

@@ -15,7 +15,7 @@ from ernie45 import ops
 from ernie45.checkpoint.folder import CheckpointFolder
 from ernie45.checkpoint.hub import resolve_folder
 from ernie45.checkpoint.loading import load
-from ernie45.checkpoint.names import PADDLE, TensorSpec, settle_config
+from ernie45.checkpoint.names import PADDLE, TensorSpec, checkpoint_tensors, settle_config
 from ernie45.checkpoint.reader import (
     QuantisedSource,
     Source,
@@ -67,9 +67,14 @@ class PretrainedModel(nn.Layer):
         self.dtype = dtype
         self.generation_config = GenerationConfig.from_model_config(config)
         self.ernie = Decoder(config, dtype, mtp)
-        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)
+        self.head = self.create_head(dtype)
         if initialize:
             self.initialize_weights()
+
+    def create_head(self, dtype: str) -> Linear | None:
+        """The head of the language model; None: it is the embedding, transposed."""
+        config = self.config
+        return None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., hidden_size] that have passed the final norm."""
@@ -112,25 +117,30 @@ class PretrainedModel(nn.Layer):
         """Switches to training.
 
         Raises:
-            ErnieError: the weights are packed for inference.
+            ErnieError: the weights are packed for inference, and nothing beside them is to be trained.
         """
-        if self.is_packed:
+        if self.is_packed and all(parameter.stop_gradient for parameter in self.parameters()):
             raise ErnieError(
-                'train: the weights are packed for inference on a CPU; load the model with dtype="float32"'
+                'train: the weights are packed for inference on a CPU; load the model with dtype="float32", or apply '
+                "LoRA (ernie45.lora), whose adapters can be trained beside them"
             )
         super().train()
 
+    def tensors(self) -> list[TensorSpec]:
+        """What a checkpoint of this model consists of."""
+        return checkpoint_tensors(self.config)
+
     def weights(self) -> dict[str, Tensor | PackedWeight]:
         """Every weight by its published -Paddle name, as it is held: a parameter, a view of one, or packed."""
-        return dict(self._published({**super().state_dict(), **dict(packed_weights(self))}))
+        return dict(self.published({**super().state_dict(), **dict(packed_weights(self))}))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Weights under their published -Paddle names; experts are views of the stacked parameters.
 
         Packed weights are unpacked into new tensors; quantised ones are `X.quant_weight` and `X.weight_scale`.
         """
-        parameters = dict(self._published(super().state_dict(*args, **kwargs)))
-        for name, weight in self._published(dict(packed_weights(self))):
+        parameters = dict(self.published(super().state_dict(*args, **kwargs)))
+        for name, weight in self.published(dict(packed_weights(self))):
             parameters.update(unpacked(name, weight))
         return parameters
 
@@ -168,7 +178,8 @@ class PretrainedModel(nn.Layer):
 
     set_dict = set_state_dict
 
-    def _published(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    def published(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Weights by the model's own names -> their published names and the weights: see `published_tensors`."""
         for name, parameter in parameters.items():
             for own, published in self.published_prefixes.items():
                 name = published + name.removeprefix(own) if name.startswith(own) else name
@@ -185,6 +196,7 @@ class PretrainedModel(nn.Layer):
         cache_dir: str | None = None,
         mtp: bool = False,
         freeze: Sequence[str] = (),
+        pack: bool = True,
         progress: bool = True,
     ) -> Model:
         """Loads a published checkpoint, -Paddle or -PT, from a folder or a hub.
@@ -195,8 +207,8 @@ class PretrainedModel(nn.Layer):
             name: a folder, "owner/name" (Hugging Face), "aistudio:owner/name", "modelscope:owner/name", or a model
                 that comes with the package ("ernie45-tiny").
             dtype: dtype of the weights in memory, by default the checkpoint's own. On a CPU "bfloat16" packs them for
-                our operators, for inference only; to train there, choose "float32". Where those operators cannot be
-                built, the default on a CPU is "float32".
+                our operators, for inference only; to train there, choose "float32" or `pack=False`. Where those
+                operators cannot be built, the default on a CPU is "float32".
             quantization: "wint8" or "wint4" quantises the weights while they are read, embedding and head to 8 bits
                 in either case, vision tower and adapter not at all. A checkpoint that is quantised already needs no
                 word.
@@ -205,6 +217,7 @@ class PretrainedModel(nn.Layer):
             mtp: also load the multi-token-prediction blocks, if the checkpoint has them.
             freeze: parts that are not to be trained, of "vision", "adapter", "vision_experts" and "text": see
                 `ernie45.models.parts`.
+            pack: on a CPU, pack bfloat16 weights; False leaves them parameters, which can be trained.
             progress: show a progress bar when loading takes longer than a second.
 
         Raises:
@@ -221,7 +234,7 @@ class PretrainedModel(nn.Layer):
             generation_config = GenerationConfig.from_pretrained(path, config)
             sources, problems = _find(folder, specs, config.quantization_config)
             config = _choose_storage(config, dtype, quantization, str(path))
-            packed = _packs(config)
+            packed = (pack or config.quantization_config is not None) and _packs(config)
             shortage = memory_problem(specs, config.dtype, config.quantization_config if packed else None)
             raise_problems(
                 path, problems + ([shortage] if shortage else []), "Download the files again, or correct config.json."

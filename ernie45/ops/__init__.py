@@ -14,7 +14,7 @@ from ernie45.ops.fp8 import (
     fp8_quantize_transposed,
     swiglu_fp8_quantize,
 )
-from ernie45.ops.linear import embedding, linear, linear_transposed, unstack
+from ernie45.ops.linear import AdaptedWeight, embedding, linear, linear_transposed, unstack
 from ernie45.ops.moe import moe_combine, moe_gate, moe_permute
 from ernie45.ops.packed import PackedWeight
 from ernie45.ops.reference import (
@@ -27,6 +27,7 @@ from ernie45.ops.reference import (
 )
 
 __all__ = [
+    "AdaptedWeight",
     "PackedWeight",
     "attention",
     "attention_by_frame",

@@ -2,31 +2,87 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import paddle
 from paddle import Tensor
+from paddle.autograd import PyLayer
 
 from ernie45.ops import custom, reference
 from ernie45.ops.elementwise import narrow, widen
 from ernie45.ops.packed import KINDS, PackedWeight
 
-Weight: TypeAlias = Tensor | PackedWeight
+GRADIENT_OUTPUTS = 8192  # outputs of a packed weight that are unpacked at once for a gradient
+
+
+class AdaptedWeight(abc.ABC):
+    """A weight to whose product something is added. It stands in a layer in the weight's place, put there from outside.
+
+    Attributes:
+        base: the weight, [in, out] or stacked [count, in, out].
+    """
+
+    base: Tensor | PackedWeight
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the weight."""
+        return list(self.base.shape)
+
+    @abc.abstractmethod
+    def added(self, x: Tensor) -> Tensor:
+        """What comes on top of x [..., in] times the weight: [..., out], in the dtype of x."""
+
+    @abc.abstractmethod
+    def matrices(self) -> Sequence[AdaptedWeight]:
+        """Those of a stack, one by one."""
+
+
+Weight: TypeAlias = Tensor | PackedWeight | AdaptedWeight
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] times a weight [in, out], in the dtype of x.
 
     Packed weights accumulate in float32 (bfloat16) or exactly (8 and 4 bits); activations enter such a product rounded
-    to bfloat16, or to 15 bits with one scale per row. No gradient flows through packed weights.
+    to bfloat16, or to 15 bits with one scale per row. They have no gradient themselves; that of x is computed with what
+    they stand for.
     """
+    if isinstance(weight, AdaptedWeight):
+        return linear(x, weight.base) + weight.added(x)
     if not isinstance(weight, PackedWeight):
         return reference.linear(x, weight)
     if not custom.usable(x):
         return reference.linear(x, weight.dense())
+    if paddle.is_grad_enabled() and not x.stop_gradient:
+        return _PackedProduct.apply(x, weight)
+    return _packed_product(x, weight)
+
+
+def _packed_product(x: Tensor, weight: PackedWeight) -> Tensor:
     sizes = (KINDS[weight.kind], weight.in_features, weight.out_features)
     return narrow(custom.run("ernie45_linear", widen(x), weight.data, weight.scales, *sizes)[0], x)
+
+
+class _PackedProduct(PyLayer):
+    """The product with a gradient for x: dy times the transpose of the weight, which is unpacked a piece at a time."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: PackedWeight) -> Tensor:
+        context.weight = weight
+        return _packed_product(x, weight)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        weight = context.weight
+        total = paddle.zeros([*gradient.shape[:-1], weight.in_features], dtype="float32")
+        for first in range(0, weight.out_features, GRADIENT_OUTPUTS):
+            last = min(first + GRADIENT_OUTPUTS, weight.out_features)
+            rows = weight.columns(paddle.arange(first, last))
+            total += paddle.matmul(gradient[..., first:last].astype("float32"), rows)
+        return total.astype(gradient.dtype)
 
 
 def linear_transposed(x: Tensor, weight: Weight) -> Tensor:
@@ -45,6 +101,8 @@ def embedding(ids: Tensor, weight: Weight) -> Tensor:
 
 def unstack(weight: Weight) -> Sequence[Weight]:
     """The matrices of a stack [count, in, out], as views."""
+    if isinstance(weight, AdaptedWeight):
+        return weight.matrices()
     if isinstance(weight, PackedWeight):
         return [weight[index] for index in range(weight.count or 0)]
     return paddle.unbind(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
@@ -179,10 +180,20 @@ def attention_by_frame(query: Tensor, key: Tensor, value: Tensor, lengths: list[
     Returns:
         [N, heads, head_dim]
     """
+    # All frames of one size go through one product each: training has many small pictures in a batch.
     scale = query.shape[-1] ** -0.5
-    parts = zip(*(paddle.split(tensor.unsqueeze(0), lengths, axis=1) for tensor in (query, key, value)), strict=True)
-    mixed = [attention(q, k, v, scale, lambda first, last, columns: None) for q, k, v in parts]
-    return paddle.concat(mixed, axis=1).squeeze(0)
+    sizes = np.asarray(lengths)
+    starts = np.cumsum(sizes) - sizes
+    order, mixed = [], []
+    for size in np.unique(sizes):
+        rows = (starts[sizes == size][:, None] + np.arange(size)).reshape(-1)
+        q, k, v = (
+            paddle.gather(tensor, paddle.to_tensor(rows)).reshape([-1, int(size), *tensor.shape[1:]])
+            for tensor in (query, key, value)
+        )
+        order.append(rows)
+        mixed.append(attention(q, k, v, scale, lambda first, last, columns: None).flatten(0, 1))
+    return paddle.gather(paddle.concat(mixed, axis=0), paddle.to_tensor(np.argsort(np.concatenate(order))))
 
 
 def moe_gate(
