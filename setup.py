@@ -71,7 +71,7 @@ setup(
     package_dir={"ernie45.configs": "configs"},
     package_data={
         "ernie45": ["py.typed", "data/**", "ops/csrc/**", "processing/fonts/**"],
-        "ernie45.configs": ["*.json"],
+        "ernie45.configs": ["*.json", "recipes/*.yaml"],
     },
     include_package_data=False,
 )

@@ -1,4 +1,4 @@
-"""The command line: ernie45 chat | generate | info | convert | quantize | verify | bench."""
+"""The command line: ernie45 chat | generate | info | convert | quantize | train | verify | bench."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ernie45 import __version__
 from ernie45.bench.command import add_options as add_bench_options
 from ernie45.errors import ErnieError
+from ernie45.training.command import add_options as add_train_options
 
 if TYPE_CHECKING:
     from ernie45.assistant import Assistant
@@ -96,6 +97,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="kind of embedding and head (%(default)s)",
     )
 
+    train = _command(
+        commands,
+        "train",
+        run_train,
+        "fine-tune a model as a recipe says",
+        "ernie45 train configs/recipes/ernie-4.5-0.3b-lora.yaml --set max_steps=100",
+    )
+    add_train_options(train)
+
     verify = _command(
         commands,
         "verify",
@@ -115,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_bench_options(bench)
     return parser
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Trains as a recipe says."""
+    from ernie45.training.command import run
+
+    run(options)
 
 
 def run_bench(options: argparse.Namespace) -> None:

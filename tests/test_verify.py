@@ -312,7 +312,8 @@ def test_status_says_whether_the_agreement_is_high_enough(
     assert cli.main(arguments) == status
     out, err = capsys.readouterr()
     assert "all, in one pass" in out
-    assert err == ("error: top-1 agreement 1.0000 is below the 1.01 of --minimum-agreement\n" if status else "")
+    said = [line for line in err.splitlines() if line.startswith("error")]  # beside progress, on a slow machine
+    assert said == (["error: top-1 agreement 1.0000 is below the 1.01 of --minimum-agreement"] if status else [])
 
 
 @pytest.mark.parametrize("lengths", ["", "a", "1,,2"])

@@ -148,6 +148,17 @@ class ErnieProcessor:
             tools=tools,
         )
 
+    def encode_media(self, media: Sequence[Medium]) -> list[Encoded]:
+        """Patches and grid (frames, rows and columns of patches) of each picture and video of a conversation.
+
+        Args:
+            media: as `ernie45.processing.messages.read_media` finds them.
+
+        Raises:
+            ErnieError: one that cannot be read.
+        """
+        return self._encode_media([media], self.limits)[0]
+
     def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids: see `ErnieTokenizer.decode`."""
         return self.tokenizer.decode(ids, skip_special_tokens)
