@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ from ernie45.config import ErnieConfig, VisionConfig
 from ernie45.errors import ConfigError, ErnieError
 from ernie45.generation.prompt import left_pad
 from ernie45.processing.image import encode_picture, patches_of, smart_resize
-from ernie45.processing.limits import MediaLimits
+from ernie45.processing.limits import SETTINGS, MediaLimits
 from ernie45.processing.messages import IMAGE, Medium, check_places, encode_prompt, read_media
 from ernie45.processing.positions import position_ids, token_types
 from ernie45.processing.video import load_video
 from ernie45.tokenizer import ErnieTokenizer
 from ernie45.tokenizer_files import TOKENIZER_FILES
 
+SETTINGS_FILE = "preprocessor_config.json"
 Encoded = tuple[np.ndarray, tuple[int, int, int]]  # patches and grid of one picture or video
 
 
@@ -57,17 +59,19 @@ class ErnieProcessor:
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, **limits: Any
     ) -> ErnieProcessor:
-        """Reads config.json and the tokenizer of a folder, or of a model on a hub.
+        """Reads config.json, the tokenizer and preprocessor_config.json of a folder, or of a model on a hub.
 
-        preprocessor_config.json is not read: Baidu's own processor and FastDeploy replace its limits on pixels by those
-        that are the defaults here. Only their training pipeline uses them; pass them as `limits` to do the same.
+        Of preprocessor_config.json only entries with the names of `limits` count. Its `min_pixels` and `max_pixels` do
+        not: Baidu's own processor and FastDeploy replace them by those that are the defaults here, and only their
+        training pipeline uses them.
 
         Raises:
             ErnieError: files that are missing or broken, or what the constructor raises.
         """
-        files = ["config.json", *TOKENIZER_FILES]
+        files = ["config.json", SETTINGS_FILE, *TOKENIZER_FILES]
         folder = resolve_folder(name, revision=revision, cache_dir=cache_dir, allow_patterns=files)
-        return cls(ErnieTokenizer.from_pretrained(folder), ErnieConfig.from_pretrained(folder), **limits)
+        tokenizer, config = ErnieTokenizer.from_pretrained(folder), ErnieConfig.from_pretrained(folder)
+        return cls(tokenizer, config, **{**_read_settings(folder / SETTINGS_FILE), **limits})
 
     def __call__(
         self,
@@ -223,6 +227,17 @@ class ErnieProcessor:
             "grid_thw": np.concatenate(grids),
         }
         return {name: paddle.to_tensor(array) for name, array in arrays.items()}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The limits that a checkpoint sets for itself; none if it has no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again, or remove it") from error
+    return {key: content[key] for key in SETTINGS if key in content} if isinstance(content, dict) else {}
 
 
 def _conversations(messages: Any) -> list[tuple[Sequence[Message], str]]:

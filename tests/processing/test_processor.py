@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ernie45.chat import parse_response, prompt_opens_thinking
-from ernie45.errors import ErnieError
+from ernie45.errors import ConfigError, ErnieError
 from ernie45.processing import processor as module
 from ernie45.processing.image import encode_picture
 from ernie45.processing.limits import MediaLimits
@@ -394,3 +394,17 @@ def test_limits_of_the_training_pipeline_are_not_read(tmp_path: Path):
     (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 1, "max_pixels": 784}))
     assert ErnieProcessor.from_pretrained(folder).limits == MediaLimits()
     assert isinstance(ErnieProcessor.from_pretrained(folder).tokenizer, ErnieTokenizer)
+
+
+def test_limits_that_the_checkpoint_sets_for_itself(tmp_path: Path) -> None:
+    """Entries by our names count, those of the published files do not; what the caller says comes first."""
+    folder = write_processor_folder(tmp_path)
+    settings = {"min_pixels": 1, "max_pixels": 2, "image_max_pixels": 12544, "fps": 4, "patch_size": 14}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    limits = ErnieProcessor.from_pretrained(folder).limits
+    assert (limits.image.max_pixels, limits.frames.fps) == (12544, 4)
+    assert limits.image.min_pixels == MediaLimits().image.min_pixels
+    assert ErnieProcessor.from_pretrained(folder, fps=1).limits.frames.fps == 1
+    (folder / "preprocessor_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="preprocessor_config.json: cannot be read as JSON"):
+        ErnieProcessor.from_pretrained(folder)
