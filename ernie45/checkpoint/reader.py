@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from ernie45.checkpoint.dtypes import FLOAT_DTYPES, convert, dtype_from_framework_name
+from ernie45.checkpoint.dtypes import DTYPES, FLOAT_DTYPES, convert, dtype_from_framework_name
 from ernie45.checkpoint.folder import CheckpointFolder
 from ernie45.checkpoint.names import (
     CODES_SUFFIX,
@@ -149,10 +149,20 @@ def copy_part(folder: CheckpointFolder, part: Part, destination: np.ndarray, dty
 def to_numpy(tensor: Tensor) -> tuple[np.ndarray, str]:
     """A tensor's values and their safetensors dtype; on a CPU a view of the tensor's own memory."""
     dtype = dtype_from_framework_name(str(tensor.dtype).removeprefix("paddle."))
-    tensor = tensor.detach().cpu()
-    if dtype == "BF16":  # DLPack has no numpy equivalent of it
-        return np.from_dlpack(tensor.view("int16")).view(np.uint16), dtype
-    return np.from_dlpack(tensor), dtype
+    return np.asarray(_Memory(tensor.detach().cpu().contiguous(), DTYPES[dtype].storage)), dtype
+
+
+class _Memory:
+    """What numpy needs to see a tensor on a CPU; a view by DLPack would be read-only before numpy 2."""
+
+    def __init__(self, tensor: Tensor, storage: np.dtype):
+        self.tensor = tensor  # keeps the memory
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "typestr": storage.str,
+            "data": (tensor.data_ptr(), False),
+        }
 
 
 class ParameterStorage:
