@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer
 from ernie45 import ops
 from ernie45.errors import ErnieError
 from ernie45.losses.language import IGNORED_LABEL, check_denominator
-from ernie45.ops import PackedWeight
+from ernie45.ops import PackedWeight, matmul
 
 CHUNK_TOKENS = 512  # 212 MB of logits for a vocabulary of 103424
 SLICE = 8192  # columns of logits that are computed together
@@ -242,6 +242,18 @@ class _MeanLoss(PyLayer):
         z: float,
         differentiable: bool,
     ) -> Tensor:
+        if isinstance(weight, Tensor) and matmul.multiplies(rows, weight):
+            sides = (rows, weight) if differentiable else (rows.detach(), weight.detach())
+            total, *found = matmul.head_loss(
+                *sides,
+                task.targets,
+                transposed=task.head.transposed,
+                chunk_tokens=task.chunk_tokens,
+                divisor=denominator,
+                z=z,
+            )
+            ctx.gradients = tuple(found)
+            return total / max(rows.shape[0], 1)
         gradients = _Gradients(rows, task) if differentiable else None
         total = paddle.zeros([], dtype="float32")
         for place in task.places():
@@ -252,7 +264,8 @@ class _MeanLoss(PyLayer):
     @staticmethod
     def backward(ctx: PyLayer, gradient: Tensor) -> tuple[Tensor | None, ...]:
         results, ctx.gradients = ctx.gradients, None
-        return tuple(None if part is None else part.multiply_(gradient.astype(part.dtype)) for part in results)
+        factor = float(gradient)
+        return tuple(part if part is None or factor == 1.0 else part.scale_(factor) for part in results)
 
 
 def _sum_of_losses(chunk: _Chunk, place: slice, gradients: _Gradients | None, denominator: float, z: float) -> Tensor:

@@ -92,7 +92,10 @@ class Attention(nn.Layer):
         query, key = ops.rope(query, *rotary), ops.rope(key, *rotary)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        mixed = ops.attention(query, key, value, self.scale, mask.visible)
+        if cache is None and mask.causal and ops.rounds_activations(x, self.qkv_proj.weight):
+            mixed = ops.causal_attention(query, key, value, self.scale, mask.key_ends())
+        else:
+            mixed = ops.attention(query, key, value, self.scale, mask.visible)
         return self.o_proj(mixed.flatten(2))
 
     def split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,6 +50,18 @@ class AttentionMask:
             allowed = _both(allowed, rows < self.end_rows[:, None, None, :columns])
         return allowed
 
+    @property
+    def causal(self) -> bool:
+        """Whether no key stands before the first query row, and the causal order holds."""
+        return self.explicit is None and self.offset == 0
+
+    def key_ends(self) -> Tensor | None:
+        """For each key [batch, columns] int64 the first row that may no longer see it, 0 for padding; None: no row."""
+        if self.padding is None:
+            return None if self.end_rows is None else self.end_rows.astype("int64")
+        ends: int | Tensor = self.padding.shape[1] if self.end_rows is None else self.end_rows.astype("int64")
+        return ends * self.padding.astype("int64")
+
     def first_visible(self, batch: int) -> Tensor | None:
         """The first key [batch] int64 that each row sees, if there is only causal order and padding on the left."""
         if self.explicit is not None or self.end_rows is not None:

@@ -98,15 +98,8 @@ class ExpertBank(nn.Layer):
             [tokens, hidden_size]
         """
         rows, counts, _, slots = ops.moe_permute(x, indices, self.up_gate_proj.shape[0])
-        sizes = counts.tolist()
-        chosen = [expert for expert, size in enumerate(sizes) if size]
-        parts = paddle.split(rows, [sizes[expert] for expert in chosen], axis=0)
-        up_gate, down = ops.unstack(self.up_gate_proj), ops.unstack(self.down_proj)
-        outputs = [
-            ops.linear(ops.swiglu(ops.linear(part, up_gate[expert])), down[expert])
-            for expert, part in zip(chosen, parts, strict=True)
-        ]
-        return ops.moe_combine(paddle.concat(outputs, axis=0), slots, weights)
+        inner = ops.swiglu(ops.expert_linear(rows, counts, self.up_gate_proj))
+        return ops.moe_combine(ops.expert_linear(inner, counts, self.down_proj), slots, weights)
 
 
 class MoE(nn.Layer):

@@ -4,7 +4,9 @@ Model code calls these functions and never asks which device it is on. Each has 
 the fused operator that runs in its place, where there is one, has to agree.
 """
 
+from ernie45.ops.adamw import AdamWStep, adamw_update, sum_of_squares
 from ernie45.ops.attention import decode_attention
+from ernie45.ops.causal_attention import causal_attention
 from ernie45.ops.decoder import decoder
 from ernie45.ops.elementwise import rms_norm, rope, rope_angles, swiglu
 from ernie45.ops.fp8 import (
@@ -14,7 +16,15 @@ from ernie45.ops.fp8 import (
     fp8_quantize_transposed,
     swiglu_fp8_quantize,
 )
-from ernie45.ops.linear import AdaptedWeight, embedding, linear, linear_transposed, unstack
+from ernie45.ops.linear import (
+    AdaptedWeight,
+    embedding,
+    expert_linear,
+    linear,
+    linear_transposed,
+    rounds_activations,
+    unstack,
+)
 from ernie45.ops.moe import moe_combine, moe_gate, moe_permute
 from ernie45.ops.packed import PackedWeight
 from ernie45.ops.reference import (
@@ -27,14 +37,18 @@ from ernie45.ops.reference import (
 )
 
 __all__ = [
+    "AdamWStep",
     "AdaptedWeight",
     "PackedWeight",
+    "adamw_update",
     "attention",
     "attention_by_frame",
+    "causal_attention",
     "compute_dtype",
     "decode_attention",
     "decoder",
     "embedding",
+    "expert_linear",
     "fp8_dequantize",
     "fp8_quantize",
     "fp8_quantize_both",
@@ -50,6 +64,8 @@ __all__ = [
     "rope",
     "rope_angles",
     "rope_halves",
+    "rounds_activations",
+    "sum_of_squares",
     "swiglu",
     "swiglu_fp8_quantize",
     "unstack",

@@ -10,7 +10,7 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from ernie45.ops import custom, reference
+from ernie45.ops import custom, matmul, reference
 from ernie45.ops.elementwise import narrow, widen
 from ernie45.ops.packed import KINDS, PackedWeight
 
@@ -48,12 +48,13 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
     Packed weights accumulate in float32 (bfloat16) or exactly (8 and 4 bits); activations enter such a product rounded
     to bfloat16, or to 15 bits with one scale per row. They have no gradient themselves; that of x is computed with what
-    they stand for.
+    they stand for. With plain bfloat16 weights on a CPU, both sides of the product and of its gradients are rounded to
+    bfloat16 and sums are float32, too; with float32 weights nothing is rounded.
     """
     if isinstance(weight, AdaptedWeight):
         return linear(x, weight.base) + weight.added(x)
     if not isinstance(weight, PackedWeight):
-        return reference.linear(x, weight)
+        return matmul.linear(x, weight) if matmul.multiplies(x, weight) else reference.linear(x, weight)
     if not custom.usable(x):
         return reference.linear(x, weight.dense())
     if paddle.is_grad_enabled() and not x.stop_gradient:
@@ -89,14 +90,48 @@ def linear_transposed(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] times the transpose of a weight [out, in], in the dtype of x; see `linear`."""
     if isinstance(weight, PackedWeight):
         return linear(x, weight)  # panels have no orientation
+    if matmul.multiplies(x, weight):
+        return matmul.linear(x, weight, transposed=True)
     return reference.linear_transposed(x, weight)
+
+
+def expert_linear(rows: Tensor, counts: Tensor, weight: Weight) -> Tensor:
+    """Products of rows with the weights of their experts; see `linear`. Experts without rows are not touched.
+
+    Args:
+        rows: [n, in], sorted by expert.
+        counts: [experts] int64, rows of each expert; together n.
+        weight: stacked [experts, in, out].
+
+    Returns:
+        [n, out] in the dtype of rows.
+    """
+    if not isinstance(weight, AdaptedWeight | PackedWeight) and matmul.multiplies(rows, weight):
+        return matmul.expert_linear(rows, counts, weight)
+    sizes = counts.tolist()
+    chosen = [expert for expert, size in enumerate(sizes) if size]
+    if not chosen:
+        return paddle.zeros([0, weight.shape[-1]], dtype=rows.dtype)
+    matrices, parts = unstack(weight), paddle.split(rows, [sizes[expert] for expert in chosen], axis=0)
+    return paddle.concat([linear(part, matrices[expert]) for expert, part in zip(chosen, parts, strict=True)], axis=0)
 
 
 def embedding(ids: Tensor, weight: Weight) -> Tensor:
     """Rows of a weight [vocabulary, width] for ids [...] int64: [..., width] in the dtype of activations."""
     if isinstance(weight, PackedWeight):
         return weight.columns(ids)
+    if not isinstance(weight, AdaptedWeight) and weight.dtype == paddle.bfloat16 and custom.usable(ids, weight):
+        return matmul.embedding(ids, weight)
     return reference.embedding(ids, weight)
+
+
+def rounds_activations(x: Tensor, weight: Weight) -> bool:
+    """Whether this is a layer to be trained at the speed of bfloat16: float32 activations are rounded in its products.
+
+    Packed weights round, too, but are not trained themselves: what goes with them stays as exact as it is in inference.
+    """
+    base = weight.base if isinstance(weight, AdaptedWeight) else weight
+    return not isinstance(base, PackedWeight) and matmul.multiplies(x, base)
 
 
 def unstack(weight: Weight) -> Sequence[Weight]:

@@ -173,7 +173,8 @@ def test_a_bfloat16_weight_is_widened_and_its_gradient_rounded_once(transposed: 
     weight.stop_gradient = False
     labels = paddle.to_tensor(LABELS)
     (hidden,) = trained(random(2, 4, WIDTH))
-    narrow = chunked_head_loss(hidden, weight, labels, transposed=transposed, chunk_tokens=2)
+    with custom.reference_only():  # the fused loss rounds hidden states: see tests/ops/test_matmul.py
+        narrow = chunked_head_loss(hidden, weight, labels, transposed=transposed, chunk_tokens=2)
     whole = chunked_head_loss(hidden, wide, labels, transposed=transposed, chunk_tokens=2)
     assert float(narrow) == float(whole)
     narrow.backward()
@@ -241,7 +242,7 @@ def test_a_packed_weight_passes_the_gradient_on_to_hidden_states(outputs_first: 
     packed = PackedWeight.zeros("bfloat16", list(weight.shape), outputs_first=outputs_first)
     packed.write(weight.numpy())
     labels, results = paddle.to_tensor([3, -100, 127]), []
-    for head in (packed, weight):
+    for head in (packed, weight.astype("float32")):  # which is not rounded any more
         (hidden,) = trained(random(3, 64))
         loss = chunked_head_loss(hidden, head, labels, transposed=outputs_first)
         log_probs = chunked_log_probs(hidden, head, labels, transposed=outputs_first)

@@ -8,6 +8,8 @@
 
 #include "paddle/extension.h"
 
+extern "C" void ernie45_use_large_pages(void* data, int64_t bytes);  // of cpu/pack.cpp
+
 namespace ernie {
 
 using Shape = std::vector<int64_t>;
@@ -56,6 +58,12 @@ inline Shape with_width(Shape shape, int64_t width) {
 inline Shape without_width(Shape shape) {
   if (!shape.empty()) shape.pop_back();
   return shape;
+}
+
+// The same tensor, not yet written to, in large pages where it has room for them: those cost far less to get.
+inline paddle::Tensor in_large_pages(paddle::Tensor tensor) {
+  if (tensor.numel()) ernie45_use_large_pages(tensor.data(), tensor.numel() * phi::SizeOf(tensor.dtype()));
+  return tensor;
 }
 
 inline paddle::Tensor empty_float32(const Shape& shape) {
