@@ -24,13 +24,17 @@ settings.load_profile("ernie45")
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Start every test from the same random state, in Paddle and torch too where they are loaded."""
+    """Start every test from the same state, in Paddle and torch too where they are loaded.
+
+    The benchmark's peers, which have processes of their own otherwise, switch torch's gradients off.
+    """
     random.seed(0)
     np.random.seed(0)
     if "paddle" in sys.modules:
         sys.modules["paddle"].seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")
