@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ernie45.ops import custom
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.examples import run
 
 
 @pytest.mark.parametrize("quantization", [None, "wint4"])
@@ -19,15 +15,8 @@ def test_it_answers_what_it_was_taught(quantization: str | None, tmp_path: Path)
     if quantization is not None and custom.library() is None:
         pytest.skip("no native library here")
     chosen = [] if quantization is None else ["--quantization", quantization]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/lora.py"), "--output", str(tmp_path), *chosen],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = dict(line.split("  ->  ") for line in done.stdout.splitlines() if "->" in line)
+    printed = run("lora.py", "--output", str(tmp_path), *chosen)
+    answers = dict(line.split("  ->  ") for line in printed.splitlines() if "->" in line)
     assert answers == {
         "6*7=?": "6+6+6+6+6+6+6. 42",
         "Who are you?": "ERNIE 45, the larger cat",
