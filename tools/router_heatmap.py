@@ -22,7 +22,7 @@ import numpy as np
 import paddle
 
 from ernie45 import ErnieConfig, ErnieForCausalLM, ErnieForConditionalGeneration, ErnieProcessor, ErnieTokenizer
-from ernie45.chat import Message
+from ernie45.assistant import user_message
 from ernie45.errors import ErnieError
 from ernie45.models.moe import Routing
 
@@ -130,13 +130,6 @@ def _draw_panel(panel: Any, choices: Choices, k: int, highest: float) -> Any:
     return colors
 
 
-def conversation(prompt: str, images: Sequence[str] = (), videos: Sequence[str] = ()) -> list[Message]:
-    """One user message: the pictures, the videos, the text."""
-    media = [(kind, source) for kind, sources in (("image_url", images), ("video_url", videos)) for source in sources]
-    content: list[dict[str, Any]] = [{"type": kind, kind: {"url": source}} for kind, source in media]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-
-
 @paddle.no_grad()
 def route(options: argparse.Namespace) -> tuple[list[Routing], ErnieConfig]:
     """Runs the model on the prompt: what its routers decided, and its architecture.
@@ -150,13 +143,13 @@ def route(options: argparse.Namespace) -> tuple[list[Routing], ErnieConfig]:
     form, routing = {"dtype": options.dtype, "quantization": options.quantization}, []
     if config.vision is not None:
         processor = ErnieProcessor.from_pretrained(options.model)
-        inputs = processor(conversation(options.prompt, options.image, options.video))
+        inputs = processor([user_message(options.prompt, options.image, options.video)])
         ErnieForConditionalGeneration.from_pretrained(options.model, **form)(**inputs, routing=routing)
         return routing, config
     if options.image or options.video:
         raise ErnieError(f"{options.model}: a text model, which sees no pictures; leave --image and --video out")
     tokenizer = ErnieTokenizer.from_pretrained(options.model)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": options.prompt}])
+    ids = tokenizer.apply_chat_template([user_message(options.prompt)])
     ErnieForCausalLM.from_pretrained(options.model, **form)(paddle.to_tensor([ids]), routing=routing)
     return routing, config
 

@@ -19,7 +19,7 @@ from tests.helpers.vision import vision_config, write_vision_folder
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tools")]
 
-from router_heatmap import Choices, conversation, count_choices, draw, main, table  # noqa: E402
+from router_heatmap import Choices, count_choices, draw, main, table  # noqa: E402
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -78,17 +78,6 @@ def test_choices_of_a_model(reference: Path, case: str) -> None:
             for expert in range(8):
                 assert one.counts[row, one.bank, expert] == sum(expert in token for token in chosen[0])
         np.testing.assert_allclose(one.shares.sum(axis=1), 1)
-
-
-def test_the_conversation_has_pictures_and_videos_before_the_text() -> None:
-    (message,) = conversation("What?", ["a.png", "b.png"], ["c.mp4"])
-    assert message["role"] == "user"
-    assert message["content"] == [
-        {"type": "image_url", "image_url": {"url": "a.png"}},
-        {"type": "image_url", "image_url": {"url": "b.png"}},
-        {"type": "video_url", "video_url": {"url": "c.mp4"}},
-        {"type": "text", "text": "What?"},
-    ]
 
 
 def test_each_kind_has_a_panel_with_a_column_per_expert(
