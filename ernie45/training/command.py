@@ -138,7 +138,7 @@ def _objective(recipe: Recipe, model: PretrainedModel) -> Objective:
     from ernie45.training.objectives import WITHOUT_REFERENCE, LanguageModelling, Preferences
 
     if recipe.stage != "DPO":
-        return LanguageModelling()
+        return LanguageModelling(recipe.max_seq_len * recipe.batch_size if recipe.token_balance_loss else None)
     compares = recipe.loss_type not in WITHOUT_REFERENCE
     return Preferences(recipe.preference_options(), _reference(recipe, model) if compares else None)
 

@@ -55,19 +55,28 @@ class Objective(Protocol):
 
 
 class LanguageModelling:
-    """Mean cross entropy of the learned tokens: `model(..., labels=labels)`, without ever holding all logits."""
+    """Mean cross entropy of the learned tokens: `model(..., labels=labels)`, without ever holding all logits.
+
+    Args:
+        denominator: if given, the gradient is that of the sum over tokens divided by it; see
+            `losses.token_balanced_loss`.
+    """
 
     columns: tuple[str, ...] = ()
 
+    def __init__(self, denominator: int | None = None):
+        self.denominator = denominator
+
     def count(self, batch: Batch) -> int:
-        """The learned tokens."""
-        return batch.learned
+        """The learned tokens; the denominator if there is one, so that all micro batches weigh the same."""
+        return batch.learned if self.denominator is None else self.denominator
 
     def __call__(self, model: PretrainedModel, batch: Batch, routing: list[Routing] | None = None) -> Result:
         """See `Objective`."""
         hidden = hidden_states(model, batch, routing)
         weight, transposed = head(model)
-        return Result(chunked_head_loss(hidden, weight, paddle.to_tensor(batch.labels), transposed=transposed))
+        labels = paddle.to_tensor(batch.labels)
+        return Result(chunked_head_loss(hidden, weight, labels, transposed=transposed, denominator=self.denominator))
 
 
 class Preferences:

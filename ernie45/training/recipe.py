@@ -54,6 +54,8 @@ class Recipe:
         moe_gate_lr_ratio: learning rate of routers, relative.
         vit_lr_ratio: learning rate of a block of the vision tower relative to the next one.
 
+        token_balance_loss: every learned token weighs the same in every batch, however few of them it has; see
+            `losses.token_balanced_loss`. Not for preferences.
         moe_aux_loss_lambda, moe_orthogonal_loss_lambda, moe_z_loss_lambda: coefficients of the router losses.
         use_ortho_loss_callback: the orthogonalization is a step after the optimizer's, not a part of the loss.
         moe_use_aux_free_update_coef: how far correction biases move per step.
@@ -109,6 +111,7 @@ class Recipe:
     moe_gate_lr_ratio: float = 1.0
     vit_lr_ratio: float = 1.0
 
+    token_balance_loss: bool = False
     moe_aux_loss_lambda: float = 0.0
     moe_orthogonal_loss_lambda: float = 0.0
     moe_z_loss_lambda: float = 0.0
@@ -208,6 +211,8 @@ class Recipe:
             self.preference_options()
         except ErnieError as error:
             found.append(str(error))
+        if self.token_balance_loss and self.stage == "DPO":
+            found.append("token_balance_loss: pairs have no tokens to balance; leave it out, or choose another stage")
         if self.eval_steps and not self.eval_dataset_path:
             found.append("eval_dataset_path: missing, though eval_steps wants evaluations")
         return found

@@ -24,6 +24,20 @@ def test_language_modelling_is_the_loss_of_forward(base):
     assert LanguageModelling().count(batch) == int((batch.labels != IGNORED_LABEL).sum())
 
 
+def test_balanced_tokens_change_the_gradient_and_not_the_value():
+    model, batch = tiny_model(tiny_config(DENSE)), next(RandomStream())
+    values, gradients = [], []
+    for objective in (LanguageModelling(), LanguageModelling(64)):
+        loss = objective(model, batch).loss
+        loss.backward()
+        values.append(float(loss))
+        gradients.append(model.ernie.norm.weight.grad.numpy().copy())
+        model.clear_gradients()
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    np.testing.assert_allclose(gradients[1], gradients[0] * batch.learned / 64, rtol=1e-4, atol=1e-7)
+    assert LanguageModelling(64).count(batch) == 64
+
+
 def test_pictures():
     model = randomise(ErnieForConditionalGeneration(vision_config(), initialize=False), 0)
     vision = model.vision

@@ -71,6 +71,7 @@ def test_lists_numbers_and_changes(tmp_path):
         ("min_lr: 1.0", "min_lr: expected at most learning_rate"),
         ("eval_steps: 5", "eval_dataset_path: missing"),
         ("loss_type: sigmoit", "loss: expected one of sigmoid"),
+        ("stage: DPO\ntoken_balance_loss: true", "token_balance_loss: pairs have no tokens to balance"),
         ("loss_type: null", "loss_type: expected a text, found None"),
     ],
 )
