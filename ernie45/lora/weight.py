@@ -12,6 +12,8 @@ from paddle import Tensor, nn
 from paddle.nn.initializer import Constant, Uniform
 
 from ernie45 import ops
+from ernie45.ops import matmul
+from ernie45.ops.low_rank import low_rank_linear
 from ernie45.ops.packed import PackedWeight
 
 
@@ -41,11 +43,14 @@ class LoraWeight(ops.AdaptedWeight):
         assert not isinstance(self.base, PackedWeight)
         return self.base
 
-    def added(self, x: Tensor) -> Tensor:
-        """See `AdaptedWeight.added`."""
-        kept = F.dropout(x, self.dropout) if self.dropout and self.layer.training else x
+    def product(self, x: Tensor) -> Tensor:
+        """See `AdaptedWeight.product`."""
+        dropout = self.dropout if self.layer.training else 0.0
+        if not dropout and matmul.multiplies(x, self.base):
+            return low_rank_linear(x, self.base, self.a, self.b, self.scale)
+        kept = F.dropout(x, dropout) if dropout else x
         narrow = paddle.matmul(kept, self.a.astype(x.dtype)) * self.scale
-        return paddle.matmul(narrow, self.b.astype(x.dtype))
+        return ops.linear(x, self.base) + paddle.matmul(narrow, self.b.astype(x.dtype))
 
     def matrices(self) -> Sequence[LoraWeight]:
         """See `AdaptedWeight.matrices`: each has its own A and B, as views."""

@@ -1,7 +1,7 @@
 """Head and cross entropy in one, chunk by chunk: logits of all tokens are never there at once.
 
 Of the tokens, only those with a label go through the head, some hundred at a time. Their logits are held in slices of
-the vocabulary, so that a bfloat16 or packed weight is widened slice by slice as well.
+the vocabulary, so that a bfloat16 weight is widened slice by slice as well, where it has to be.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from ernie45 import ops
 from ernie45.errors import ErnieError
 from ernie45.losses.language import IGNORED_LABEL, check_denominator
 from ernie45.ops import PackedWeight, matmul
+from ernie45.ops.linear import input_gradient
 
 CHUNK_TOKENS = 512  # 212 MB of logits for a vocabulary of 103424
-SLICE = 8192  # columns of logits that are computed together
+SLICE = 8192  # columns of logits that are computed together, a multiple of 64 for packed weights
 
 
 def chunked_head_loss(
@@ -110,14 +111,15 @@ class _Head:
 
     def logits(self, x: Tensor, first: int, last: int) -> Tensor:
         """x [n, hidden_size] -> [n, last - first] float32."""
-        block, outputs_first = self._block(first, last)
-        product = ops.linear_transposed if outputs_first else ops.linear
-        return product(x, block).astype("float32")
+        product = ops.linear_transposed if self.transposed else ops.linear
+        return product(x, self._block(first, last)).astype("float32")
 
     def hidden_gradient(self, gradient: Tensor, first: int, last: int) -> Tensor:
         """Of logits [n, last - first] -> [n, hidden_size]."""
-        block, outputs_first = self._block(first, last)
-        product = ops.linear if outputs_first else ops.linear_transposed
+        block = self._block(first, last)
+        if isinstance(block, PackedWeight):
+            return input_gradient(gradient, block)
+        product = ops.linear if self.transposed else ops.linear_transposed
         return product(gradient, block)
 
     def add_weight_gradient(self, total: Tensor, gradient: Tensor, x: Tensor, first: int, last: int) -> None:
@@ -127,11 +129,11 @@ class _Head:
         else:
             total[:, first:last].add_(paddle.matmul(x, gradient, transpose_x=True).astype("float32"))
 
-    def _block(self, first: int, last: int) -> tuple[Tensor, bool]:
-        """A slice of the weight, and whether the vocabulary is its first axis."""
+    def _block(self, first: int, last: int) -> Tensor | PackedWeight:
+        """A slice of the weight."""
         if isinstance(self.weight, PackedWeight):
-            return self.weight.columns(paddle.arange(first, last)), True
-        return (self.weight[first:last] if self.transposed else self.weight[:, first:last]), self.transposed
+            return self.weight.outputs(first, last)
+        return self.weight[first:last] if self.transposed else self.weight[:, first:last]
 
 
 @dataclass(frozen=True)
@@ -242,17 +244,17 @@ class _MeanLoss(PyLayer):
         z: float,
         differentiable: bool,
     ) -> Tensor:
-        if isinstance(weight, Tensor) and matmul.multiplies(rows, weight):
-            sides = (rows, weight) if differentiable else (rows.detach(), weight.detach())
-            total, *found = matmul.head_loss(
-                *sides,
+        if matmul.multiplies(rows, weight):
+            total, ctx.gradients = matmul.head_loss(
+                rows,
+                weight,
                 task.targets,
+                differentiable=differentiable,
                 transposed=task.head.transposed,
                 chunk_tokens=task.chunk_tokens,
                 divisor=denominator,
                 z=z,
             )
-            ctx.gradients = tuple(found)
             return total / max(rows.shape[0], 1)
         gradients = _Gradients(rows, task) if differentiable else None
         total = paddle.zeros([], dtype="float32")

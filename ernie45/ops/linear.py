@@ -12,9 +12,7 @@ from paddle.autograd import PyLayer
 
 from ernie45.ops import custom, matmul, reference
 from ernie45.ops.elementwise import narrow, widen
-from ernie45.ops.packed import KINDS, PackedWeight
-
-GRADIENT_OUTPUTS = 8192  # outputs of a packed weight that are unpacked at once for a gradient
+from ernie45.ops.packed import PackedWeight
 
 
 class AdaptedWeight(abc.ABC):
@@ -32,8 +30,8 @@ class AdaptedWeight(abc.ABC):
         return list(self.base.shape)
 
     @abc.abstractmethod
-    def added(self, x: Tensor) -> Tensor:
-        """What comes on top of x [..., in] times the weight: [..., out], in the dtype of x."""
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] times the weight, and what is added: [..., out], in the dtype of x."""
 
     @abc.abstractmethod
     def matrices(self) -> Sequence[AdaptedWeight]:
@@ -48,42 +46,38 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
     Packed weights accumulate in float32 (bfloat16) or exactly (8 and 4 bits); activations enter such a product rounded
     to bfloat16, or to 15 bits with one scale per row. They have no gradient themselves; that of x is computed with what
-    they stand for. With plain bfloat16 weights on a CPU, both sides of the product and of its gradients are rounded to
-    bfloat16 and sums are float32, too; with float32 weights nothing is rounded.
+    they stand for, in bfloat16. With plain bfloat16 weights on a CPU, both sides of the product and of its gradients
+    are rounded to bfloat16 and sums are float32, too; with float32 weights nothing is rounded.
     """
     if isinstance(weight, AdaptedWeight):
-        return linear(x, weight.base) + weight.added(x)
+        return weight.product(x)
     if not isinstance(weight, PackedWeight):
         return matmul.linear(x, weight) if matmul.multiplies(x, weight) else reference.linear(x, weight)
     if not custom.usable(x):
         return reference.linear(x, weight.dense())
     if paddle.is_grad_enabled() and not x.stop_gradient:
         return _PackedProduct.apply(x, weight)
-    return _packed_product(x, weight)
-
-
-def _packed_product(x: Tensor, weight: PackedWeight) -> Tensor:
-    sizes = (KINDS[weight.kind], weight.in_features, weight.out_features)
-    return narrow(custom.run("ernie45_linear", widen(x), weight.data, weight.scales, *sizes)[0], x)
+    return narrow(matmul.product(widen(x), weight), x)
 
 
 class _PackedProduct(PyLayer):
-    """The product with a gradient for x: dy times the transpose of the weight, which is unpacked a piece at a time."""
+    """The product with a gradient for x: dy times the transpose of the weight."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: PackedWeight) -> Tensor:
         context.weight = weight
-        return _packed_product(x, weight)
+        return narrow(matmul.product(widen(x), weight), x)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        weight = context.weight
-        total = paddle.zeros([*gradient.shape[:-1], weight.in_features], dtype="float32")
-        for first in range(0, weight.out_features, GRADIENT_OUTPUTS):
-            last = min(first + GRADIENT_OUTPUTS, weight.out_features)
-            rows = weight.columns(paddle.arange(first, last))
-            total += paddle.matmul(gradient[..., first:last].astype("float32"), rows)
-        return total.astype(gradient.dtype)
+        return input_gradient(gradient, context.weight)
+
+
+def input_gradient(gradient: Tensor, weight: PackedWeight) -> Tensor:
+    """gradient [..., out] of a product with a packed weight -> [..., in], that of its input, in the same dtype."""
+    if not custom.usable(gradient):
+        return paddle.matmul(gradient, weight.columns(paddle.arange(weight.out_features)).astype(gradient.dtype))
+    return narrow(matmul.product(gradient, weight, transpose_y=True), gradient)
 
 
 def linear_transposed(x: Tensor, weight: Weight) -> Tensor:
@@ -128,10 +122,11 @@ def embedding(ids: Tensor, weight: Weight) -> Tensor:
 def rounds_activations(x: Tensor, weight: Weight) -> bool:
     """Whether this is a layer to be trained at the speed of bfloat16: float32 activations are rounded in its products.
 
-    Packed weights round, too, but are not trained themselves: what goes with them stays as exact as it is in inference.
+    Packed weights round, too, but without a gradient, what goes with them stays as exact as it is in inference.
     """
     base = weight.base if isinstance(weight, AdaptedWeight) else weight
-    return not isinstance(base, PackedWeight) and matmul.multiplies(x, base)
+    trained = paddle.is_grad_enabled() and (base is not weight or not x.stop_gradient)
+    return matmul.multiplies(x, base) and (trained or not isinstance(base, PackedWeight))
 
 
 def unstack(weight: Weight) -> Sequence[Weight]:

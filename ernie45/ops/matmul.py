@@ -1,7 +1,7 @@
-"""Products with weights that are being trained, at the speed of bfloat16, and their gradients.
+"""Products of training, at the speed of bfloat16, and their gradients.
 
 Paddle multiplies nothing narrower than float32 on a CPU. The fused operators round both sides to bfloat16 and sum in
-float32, as the tensor cores of other devices do; they are used where the weight is bfloat16 already.
+float32, as the tensor cores of other devices do; they are used where the weight is bfloat16 already, or packed.
 """
 
 from __future__ import annotations
@@ -14,27 +14,49 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from ernie45.ops import custom
+from ernie45.ops.packed import KINDS, PackedWeight
 
 
-def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fused operators take this product: float32 activations on the CPU with a bfloat16 weight."""
-    return weight.dtype == paddle.bfloat16 and x.dtype == paddle.float32 and custom.usable(x)
+def multiplies(x: Tensor, weight: Tensor | PackedWeight) -> bool:
+    """Whether the fused operators take this product: float32 activations on the CPU, a bfloat16 or packed weight."""
+    known = isinstance(weight, PackedWeight) or weight.dtype == paddle.bfloat16
+    return known and x.dtype == paddle.float32 and custom.usable(x)
 
 
 def product(
-    x: Tensor, y: Tensor, *, transpose_x: bool = False, transpose_y: bool = False, dtype: str = "float32"
+    x: Tensor,
+    y: Tensor | PackedWeight,
+    *,
+    transpose_x: bool = False,
+    transpose_y: bool = False,
+    dtype: str = "float32",
 ) -> Tensor:
     """x times y, both float32 or bfloat16 and rounded to the latter, with float32 sums; it has no gradient.
 
     Args:
         x: [..., inner]; with `transpose_x` [..., rows], where the sum is over all leading axes.
-        y: [inner, columns], or with `transpose_y` [columns, inner]; here too, leading axes count as one.
+        y: [inner, columns], or with `transpose_y` [columns, inner]; here too, leading axes count as one. For a packed
+            weight, that means inputs times outputs however it was published, x is not transposed and the result is
+            float32. A product with a packed weight itself is that of inference: see `ernie45.ops.linear`.
         dtype: of the result, "float32" or "bfloat16".
 
     Returns:
         [..., columns]; with `transpose_x` [rows, columns].
     """
+    if isinstance(y, PackedWeight):
+        name = "ernie45_linear_transposed" if transpose_y else "ernie45_linear"
+        return custom.run(name, x, *packed_arguments(y))[0]
     return custom.run("ernie45_matmul", x, y, transpose_x, transpose_y, dtype == "bfloat16")[0]
+
+
+def wanted(*tensors: Tensor) -> tuple[bool, ...]:
+    """Which of these get gradients."""
+    return tuple(not x.stop_gradient for x in tensors)
+
+
+def packed_arguments(weight: PackedWeight) -> tuple[Any, ...]:
+    """A weight as the operators take it: data, scales, kind, inputs and outputs."""
+    return weight.data, weight.scales, KINDS[weight.kind], weight.in_features, weight.out_features
 
 
 def linear(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
@@ -52,7 +74,7 @@ class _Linear(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-        ctx.transposed, ctx.wanted = transposed, _wanted(x, weight)
+        ctx.transposed, ctx.wanted = transposed, wanted(x, weight)
         rounded = _rounded(x)
         ctx.save_for_backward(rounded if ctx.wanted[1] else None, weight)
         return product(rounded, weight, transpose_y=transposed)
@@ -88,7 +110,7 @@ class _ExpertLinear(PyLayer):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
-        ctx.wanted = _wanted(rows, weight)
+        ctx.wanted = wanted(rows, weight)
         rounded = _rounded(rows)
         ctx.save_for_backward(rounded if ctx.wanted[1] else None, counts, weight)
         return _expert_product(rounded, counts, weight)
@@ -130,27 +152,36 @@ def _rounded(x: Tensor) -> Tensor:
     return custom.run("ernie45_narrow", x)[0]
 
 
-def _wanted(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
-    """Whether x and the weight get gradients."""
-    return not x.stop_gradient, not weight.stop_gradient
-
-
 def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, transposed: bool, chunk_tokens: int, divisor: float, z: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cross entropy of a head with a bfloat16 weight, and the gradients of what wants one; see `chunked_head_loss`.
+    hidden: Tensor,
+    weight: Tensor | PackedWeight,
+    targets: Tensor,
+    *,
+    differentiable: bool,
+    transposed: bool,
+    chunk_tokens: int,
+    divisor: float,
+    z: float,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Cross entropy of a head with a bfloat16 or packed weight, and its gradients; see `chunked_head_loss`.
 
     Args:
         hidden: [n, hidden_size] float32.
-        weight: [hidden_size, vocabulary], or with `transposed` [vocabulary, hidden_size].
+        weight: [hidden_size, vocabulary], or with `transposed` [vocabulary, hidden_size]; packed either way.
         targets: [n] int64, none of them to be ignored.
+        differentiable: whether gradients are wanted at all.
         divisor: of the gradients.
 
     Returns:
-        Sum of the losses [], gradients of `hidden` in float32 and of `weight` in bfloat16, divided by the divisor.
+        Sum of the losses [], and the gradients, divided by the divisor, of `hidden` in float32 and of a weight that is
+        not packed in bfloat16; None for what wants none.
     """
-    wanted = _wanted(hidden, weight)
-    attributes = (transposed, chunk_tokens, divisor, z, *wanted)
-    loss, *gradients = custom.run("ernie45_head_loss", hidden, weight, targets, *attributes)
-    of_hidden, of_weight = (part if want else None for part, want in zip(gradients, wanted, strict=True))
-    return loss.squeeze(0), of_hidden, of_weight
+    packed = isinstance(weight, PackedWeight)
+    wants = tuple(differentiable and want for want in wanted(*((hidden,) if packed else (hidden, weight))))
+    attributes = (chunk_tokens, divisor, z, *wants)
+    if packed:
+        data, scales, *sizes = packed_arguments(weight)
+        loss, *gradients = custom.run("ernie45_packed_head_loss", hidden, data, scales, targets, *sizes, *attributes)
+    else:
+        loss, *gradients = custom.run("ernie45_head_loss", hidden, weight, targets, transposed, *attributes)
+    return loss.squeeze(0), tuple(part if want else None for part, want in zip(gradients, wants, strict=True))

@@ -126,6 +126,22 @@ class PackedWeight:
             scales = self.scales[index * padded : (index + 1) * padded]
         return replace(self, count=None, data=self.data[index * size : (index + 1) * size], scales=scales)
 
+    def outputs(self, first: int, last: int) -> PackedWeight:
+        """Outputs first .. last - 1 of a matrix, as a view.
+
+        Raises:
+            ErnieError: they are no outputs of the matrix, or `first` is not a multiple of 64.
+        """
+        if self.count is not None or first % PANEL or not 0 <= first <= last <= self.out_features:
+            raise ErnieError(
+                f"packed weight {self.shape}: no outputs {first} to {last}; they begin at a multiple of {PANEL} of one "
+                f"matrix with {self.out_features}"
+            )
+        panels, size = -(-(last - first) // PANEL), self.data.shape[0] // max(1, -(-self.out_features // PANEL))
+        data = self.data[first // PANEL * size : (first // PANEL + panels) * size]
+        scales = None if self.scales is None else self.scales[first : first + panels * PANEL]
+        return replace(self, out_features=last - first, data=data, scales=scales)
+
     def write(self, rows: np.ndarray, first: int = 0) -> None:
         """Fills in rows first, first + 1, ... of the published tensor.
 

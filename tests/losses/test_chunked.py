@@ -13,8 +13,10 @@ from paddle import Tensor
 
 from ernie45.errors import ErnieError
 from ernie45.losses import chunked, chunked_head_loss, chunked_log_probs, token_balanced_loss, token_log_probs
-from ernie45.ops import PackedWeight, custom
+from ernie45.ops import custom
+from tests.helpers.fused import both_instruction_sets, fused
 from tests.helpers.losses import check, random, slow_language_model_loss, slow_token_losses
+from tests.helpers.packed import packed, published
 
 WIDTH, VOCAB = 5, 11
 LABELS = np.array([[3, -100, 10, 0], [-100, -100, 4, 7]])
@@ -235,18 +237,39 @@ def test_bad_input_gets_a_clear_error(change: dict, message: str) -> None:
         chunked_head_loss(**{**arguments, **change})
 
 
-@pytest.mark.skipif(custom.library() is None, reason="no native library here")
+@both_instruction_sets
+@pytest.mark.parametrize("kind", ["bfloat16", "wint8"])
 @pytest.mark.parametrize("outputs_first", [True, False])
-def test_a_packed_weight_passes_the_gradient_on_to_hidden_states(outputs_first: bool) -> None:
-    weight = paddle.to_tensor(random(128, 64, seed=1) if outputs_first else random(64, 128, seed=1)).astype("bfloat16")
-    packed = PackedWeight.zeros("bfloat16", list(weight.shape), outputs_first=outputs_first)
-    packed.write(weight.numpy())
-    labels, results = paddle.to_tensor([3, -100, 127]), []
-    for head in (packed, weight.astype("float32")):  # which is not rounded any more
-        (hidden,) = trained(random(3, 64))
-        loss = chunked_head_loss(hidden, head, labels, transposed=outputs_first)
-        log_probs = chunked_log_probs(hidden, head, labels, transposed=outputs_first)
-        (loss + log_probs[0]).backward()
-        results.append((float(loss), hidden.grad.numpy()))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("chunk_tokens", [2, 64])
+def test_a_packed_weight_passes_the_gradient_on_to_hidden_states(
+    isa: str, kind: str, outputs_first: bool, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "SLICE", 64)
+    source = published(kind, 66, 131, outputs_first)
+    meaning = source.meaning.T.copy() if outputs_first else source.meaning
+    labels, results = paddle.to_tensor([3, -100, 130, 64]), []
+    hidden = paddle.to_tensor(random(4, 66)).astype("bfloat16").astype("float32").numpy()
+    factors = paddle.to_tensor(random(4, seed=2))
+    with fused(isa, "packed_head_loss", "linear", "linear_transposed"):
+        for head in (packed(source), paddle.to_tensor(meaning)):
+            x, y = trained(hidden, hidden)
+            options = {"transposed": outputs_first, "chunk_tokens": chunk_tokens}
+            loss = chunked_head_loss(x, head, labels, z=0.01, **options)
+            log_probs = chunked_log_probs(y, head, labels, **options)
+            (3 * loss + (log_probs * factors).sum()).backward()
+            results.append((float(loss), log_probs.numpy(), x.grad.numpy(), y.grad.numpy()))
+    (loss, log_probs, *found), (exact_loss, exact_log_probs, *expected) = results
+    assert loss == pytest.approx(exact_loss, rel=1e-3)
+    np.testing.assert_allclose(log_probs, exact_log_probs, rtol=1e-3, atol=1e-3)
+    for gradient, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(gradient, exact, rtol=0, atol=0.01 * np.abs(exact).max())
+
+
+@both_instruction_sets
+def test_a_packed_head_without_labels_has_zero_loss_and_gradient(isa: str) -> None:
+    (hidden,) = trained(random(4, 64))
+    with fused(isa, "packed_head_loss"):
+        head = packed(published("wint8", 64, 70))
+        loss = chunked_head_loss(hidden, head, paddle.full([4], -100, "int64"), transposed=False)
+        loss.backward()
+    assert float(loss) == 0 and not hidden.grad.numpy().any()

@@ -179,3 +179,18 @@ def test_weights_share_one_piece_of_memory_in_large_pages() -> None:
     assert [b - a for a, b in pairwise(addresses)] == [aligned(size) for size in sizes[:-1]]
     for weight in weights:
         assert (weight[0] if weight.count else weight).dense().abs().max() == 0
+
+
+@native
+@kinds
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_outputs_are_a_view_of_some_columns(kind: str, outputs_first: bool) -> None:
+    source = published("wint8" if outputs_first and kind == "wint4" else kind, 70, 150, outputs_first)
+    weight = packed(source)
+    for first, last in [(0, 150), (64, 150), (64, 100), (128, 129), (64, 64)]:
+        part = weight.outputs(first, last)
+        assert part.shape == ([last - first, 70] if outputs_first else [70, last - first])
+        np.testing.assert_array_equal(part.dense().numpy(), source.meaning[:, first:last])
+    for first, last in [(1, 65), (0, 151), (-64, 10), (64, 0)]:
+        with pytest.raises(ErnieError, match=f"no outputs {first} to {last}"):
+            weight.outputs(first, last)

@@ -1,40 +1,17 @@
-// Products of training: of two matrices, of rows that are sorted by expert, and the gradient of an embedding.
-#include "../cpu/matmul.h"
+// Products of training: of two matrices, with packed weights, of rows that are sorted by expert, and the gradient of an
+// embedding.
+#include "matrices.h"
 
 #include <numeric>
 
-#include "../cpu/packed.h"
 #include "../cpu/parallel.h"
-#include "tensors.h"
+#include "packed.h"
 
 namespace ernie::matmul_op {
 namespace {
 
 using paddle::DataType;
 using paddle::Tensor;
-
-Tensor checked_either(const char* op, const char* argument, const Tensor& tensor, const Shape& expected) {
-  return checked(op, argument, tensor, tensor.dtype() == DataType::BFLOAT16 ? DataType::BFLOAT16 : DataType::FLOAT32,
-                 expected);
-}
-
-Tensor empty(const Shape& shape, bool bfloat16) {
-  return in_large_pages(
-      paddle::empty(shape, bfloat16 ? DataType::BFLOAT16 : DataType::FLOAT32, paddle::CPUPlace()));
-}
-
-// `rows` rows of `width` numbers, from row `first` on, and their transpose.
-Matrix matrix_of(const Tensor& tensor, int64_t first, int64_t rows, int64_t width, bool transposed) {
-  const bool bfloat16 = tensor.dtype() == DataType::BFLOAT16;
-  const uint8_t* start = static_cast<const uint8_t*>(tensor.data()) + first * width * (bfloat16 ? 2 : 4);
-  if (transposed) return {start, bfloat16, true, width, rows, width};
-  return {start, bfloat16, false, rows, width, width};
-}
-
-Target target_of(Tensor& tensor, int64_t first, int64_t width) {
-  const bool bfloat16 = tensor.dtype() == DataType::BFLOAT16;
-  return {static_cast<uint8_t*>(tensor.data()) + first * width * (bfloat16 ? 2 : 4), bfloat16, false, width};
-}
 
 // Products of matrices. Leading axes of x and y are rows.
 
@@ -56,6 +33,28 @@ std::vector<Shape> product_shape(const Shape& x, const Shape& y, bool transpose_
 
 std::vector<DataType> product_dtype(DataType, DataType, bool, bool, bool bfloat16) {
   return {bfloat16 ? DataType::BFLOAT16 : DataType::FLOAT32};
+}
+
+// Products with the transpose of a packed weight.
+
+std::vector<Tensor> packed_product(const Tensor& x, const Tensor& data, const paddle::optional<Tensor>& scales,
+                                   int64_t kind, int64_t in, int64_t out) {
+  const char* op = "linear_transposed";
+  const PackedMatrix weight = packed_matrix(op, data, scales ? &*scales : nullptr, {kind, in, out, 1});
+  PD_CHECK(width_of(x.shape()) == out, op, ": the last axis of x is ", width_of(x.shape()), ", expected ", out);
+  const Tensor rows = checked_either(op, "x", x, x.shape());
+  Tensor result = empty(with_width(x.shape(), in), false);
+  matmul_transposed(matrix_of(rows, 0, rows_of(x.shape()), out, false), weight, target_of(result, 0, in));
+  return {result};
+}
+
+std::vector<Shape> packed_product_shape(const Shape& x, const Shape&, const paddle::optional<Shape>&, int64_t,
+                                        int64_t in, int64_t) {
+  return {with_width(x, in)};
+}
+
+std::vector<DataType> packed_product_dtype(DataType, DataType, const paddle::optional<DataType>&) {
+  return {DataType::FLOAT32};
 }
 
 // Products with stacked weights: the next counts[e] rows belong to expert e.
@@ -170,6 +169,14 @@ PD_BUILD_OP(ernie45_matmul)
     .SetKernelFn(PD_KERNEL(ernie::matmul_op::product))
     .SetInferShapeFn(PD_INFER_SHAPE(ernie::matmul_op::product_shape))
     .SetInferDtypeFn(PD_INFER_DTYPE(ernie::matmul_op::product_dtype));
+
+PD_BUILD_OP(ernie45_linear_transposed)
+    .Inputs({"x", "data", paddle::Optional("scales")})
+    .Outputs({"out"})
+    .Attrs({"kind: int64_t", "in_features: int64_t", "out_features: int64_t"})
+    .SetKernelFn(PD_KERNEL(ernie::matmul_op::packed_product))
+    .SetInferShapeFn(PD_INFER_SHAPE(ernie::matmul_op::packed_product_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(ernie::matmul_op::packed_product_dtype));
 
 PD_BUILD_OP(ernie45_expert_linear)
     .Inputs({"rows", "counts", "weight"})

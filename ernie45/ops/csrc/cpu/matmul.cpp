@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "tile.h"
+#include "transpose.h"
 
 namespace ernie::ERNIE_ISA {
 namespace {
@@ -52,35 +53,6 @@ __m512i pairs_down(const Item* x, int64_t stride, int64_t rows, int64_t count) {
   const __m512i upper = _mm512_cvtepu16_epi32(round_16(x, rows > 0 ? count : 0));
   const __m512i lower = _mm512_cvtepu16_epi32(round_16(x + stride, rows > 1 ? count : 0));
   return _mm512_or_si512(upper, _mm512_slli_epi32(lower, 16));
-}
-
-// Transposes 16 rows of 16 pairs.
-void transpose(__m512i rows[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-  }
 }
 
 // Sixteen of the outer times 32 of the inner axis: vectors of pairs for one place of the outer axis each, or, with
@@ -156,25 +128,26 @@ void pack_right(const Side<Item>& side, int64_t column, int64_t first, int64_t c
 
 #endif
 
-template <int Rows>
+template <int Rows, int Vectors>
 void multiply(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t pairs, float* c, int64_t c_stride,
               bool add) {
   static constexpr float kOnes[] = {1, 1, 1, 1, 1, 1};
   static_assert(Rows <= sizeof kOnes / sizeof *kOnes, "one factor for each row");
-  bfloat16_tile<Rows, kPanel / kVector>(a, a_stride, panel, 2 * kPanel, pairs, c, c_stride, add ? kOnes : nullptr);
+  bfloat16_tile<Rows, Vectors>(a, a_stride, panel, 2 * kPanel, pairs, c, c_stride, add ? kOnes : nullptr);
 }
 
+template <int Vectors = kPanel / kVector>
 void multiply_tile(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panel, int64_t pairs, float* c,
                    int64_t c_stride, bool add) {
   switch (rows) {
-    case 1: return multiply<1>(a, a_stride, panel, pairs, c, c_stride, add);
-    case 2: return multiply<2>(a, a_stride, panel, pairs, c, c_stride, add);
-    case 3: return multiply<3>(a, a_stride, panel, pairs, c, c_stride, add);
+    case 1: return multiply<1, Vectors>(a, a_stride, panel, pairs, c, c_stride, add);
+    case 2: return multiply<2, Vectors>(a, a_stride, panel, pairs, c, c_stride, add);
+    case 3: return multiply<3, Vectors>(a, a_stride, panel, pairs, c, c_stride, add);
 #ifdef __AVX512F__
-    case 4: return multiply<4>(a, a_stride, panel, pairs, c, c_stride, add);
-    case 5: return multiply<5>(a, a_stride, panel, pairs, c, c_stride, add);
+    case 4: return multiply<4, Vectors>(a, a_stride, panel, pairs, c, c_stride, add);
+    case 5: return multiply<5, Vectors>(a, a_stride, panel, pairs, c, c_stride, add);
 #endif
-    default: return multiply<kTileRows>(a, a_stride, panel, pairs, c, c_stride, add);
+    default: return multiply<kTileRows, Vectors>(a, a_stride, panel, pairs, c, c_stride, add);
   }
 }
 
@@ -218,7 +191,10 @@ void multiply_rows(const uint16_t* a, int64_t a_stride, int64_t rows, const uint
         multiply_tile(a + row * a_stride, a_stride, height, panel, pairs, out, c.stride, c.add);
         continue;
       }
-      multiply_tile(a + row * a_stride, a_stride, height, panel, pairs, tile, kPanel, false);
+      if (width <= kVector)  // as of the narrow matrices of an adapter
+        multiply_tile<1>(a + row * a_stride, a_stride, height, panel, pairs, tile, kPanel, false);
+      else
+        multiply_tile(a + row * a_stride, a_stride, height, panel, pairs, tile, kPanel, false);
       store_tile(tile, height, width, c, row, column);
     }
   }

@@ -46,11 +46,19 @@ Pieces cut(int64_t rows, int64_t columns, int64_t inner) {
   return {all, groups, std::min(parts(threads, groups), parts(rows, kPackedRows))};
 }
 
+// A right side with this many columns. pack(column, first, count, panel) packs a panel of it, as `pack_panel` does.
+template <class Pack>
+struct Right {
+  int64_t columns;
+  Pack pack;
+};
+
 // c = (packed rows of a) times rows first .. first + count - 1 of b.
-void multiply_packed(const uint16_t* a, int64_t a_stride, int64_t rows, const Matrix& b, int64_t first, int64_t count,
-                     const Target& c) {
+template <class Pack>
+void multiply_packed(const uint16_t* a, int64_t a_stride, int64_t rows, const Right<Pack>& b, int64_t first,
+                     int64_t count, const Target& c) {
   const Pieces pieces = cut(rows, b.columns, count);
-  const int64_t room = parts(count, kPackedInner) * kPackedInner, panel_size = room * kPanel;
+  const int64_t room = whole_pieces(count), panel_size = room * kPanel;
   const int64_t work = parts(rows, pieces.splits) * pieces.largest_group() * panel_size;
   parallel_for(pieces.count(), parts(kGrain, work), [&](int64_t begin, int64_t end) {
     const Memory memory = allocate_lines(pieces.largest_group() * panel_size * 2);
@@ -60,7 +68,7 @@ void multiply_packed(const uint16_t* a, int64_t a_stride, int64_t rows, const Ma
       const int64_t panel = pieces.first_panel(group), last_panel = pieces.first_panel(group + 1);
       if (piece == begin || split == 0)
         for (int64_t p = panel; p < last_panel; ++p)
-          ERNIE_DISPATCH(pack_panel, b, p * kPanel, first, room, packed + (p - panel) * panel_size);
+          b.pack(p * kPanel, first, room, packed + (p - panel) * panel_size);
       const int64_t column = panel * kPanel, columns = std::min(last_panel * kPanel, b.columns) - column;
       const int64_t row = rows * split / pieces.splits, last_row = rows * (split + 1) / pieces.splits;
       const Target target{at(c, row, column), c.bfloat16, c.add, c.stride};
@@ -70,9 +78,17 @@ void multiply_packed(const uint16_t* a, int64_t a_stride, int64_t rows, const Ma
   });
 }
 
-}  // namespace
+// `rows` rows of a from `row` on, and of these `room` columns from `first` on.
+void pack_block(const Matrix& a, int64_t row, int64_t rows, int64_t first, int64_t room, uint16_t* out,
+                int64_t out_stride) {
+  parallel_for(parts(rows, kPackedRows), parts(kGrain / 16, room), [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * kPackedRows, until = std::min(end * kPackedRows, rows);
+    ERNIE_DISPATCH(pack_rows, a, row + from, until - from, first, room, out + from * out_stride, out_stride);
+  });
+}
 
-void matmul(const Matrix& a, const Matrix& b, const Target& c) {
+template <class Pack>
+void multiply(const Matrix& a, const Right<Pack>& b, const Target& c) {
   if (!a.rows || !b.columns) return;
   if (!a.columns) return c.add ? void() : clear(c, a.rows, b.columns);
   const int64_t inner = c.bfloat16 ? a.columns : std::min(a.columns, kInner);  // what is rounded has to be the whole sum
@@ -84,21 +100,51 @@ void matmul(const Matrix& a, const Matrix& b, const Target& c) {
     return;
   }
   // A cache line more than needed: rows that lie a power of two apart would take each other's places in the cache.
-  const int64_t stride = parts(inner, kPackedInner) * kPackedInner + kPackedInner;
+  const int64_t stride = whole_pieces(inner) + kPackedInner;
   const int64_t height = parts(a.rows, parts(a.rows, std::max<int64_t>(kLeftNumbers / stride, 256)));
   const Memory memory = allocate_lines(height * stride * 2);
   uint16_t* packed = reinterpret_cast<uint16_t*>(memory.get());
   for (int64_t row = 0; row < a.rows; row += height)
     for (int64_t first = 0; first < a.columns; first += inner) {
       const int64_t rows = std::min(height, a.rows - row), count = std::min(inner, a.columns - first);
-      const int64_t room = parts(count, kPackedInner) * kPackedInner;
-      parallel_for(parts(rows, kPackedRows), parts(kGrain / 16, room), [&](int64_t begin, int64_t end) {
-        const int64_t from = begin * kPackedRows, until = std::min(end * kPackedRows, rows);
-        ERNIE_DISPATCH(pack_rows, a, row + from, until - from, first, room, packed + from * stride, stride);
-      });
+      pack_block(a, row, rows, first, whole_pieces(count), packed, stride);
       multiply_packed(packed, stride, rows, b, first, count,
                       {at(c, row, 0), c.bfloat16, c.add || first > 0, c.stride});
     }
+}
+
+// The same with a matrix below the first `rows` rows, which `pack` packs.
+template <class Pack>
+void multiply_stacked(const Matrix& a, int64_t rows, int64_t columns, const Matrix* below, const Target& c,
+                      const Pack& pack) {
+  if (!below) return multiply(a, Right<Pack>{columns, pack}, c);
+  const int64_t upper = whole_pieces(rows);
+  const auto both = [&](int64_t column, int64_t first, int64_t count, uint16_t* panel) {
+    const int64_t above = std::clamp<int64_t>(upper - first, 0, count);
+    if (above) pack(column, first, above, panel);
+    if (above == count) return;
+    ERNIE_DISPATCH(pack_panel, *below, column, first + above - upper, count - above, panel + above * kPanel);
+  };
+  multiply(a, Right<decltype(both)>{columns, both}, c);
+}
+
+}  // namespace
+
+void matmul(const Matrix& a, const Matrix& b, const Target& c, const Matrix* below) {
+  multiply_stacked(a, b.rows, b.columns, below, c, [&b](int64_t column, int64_t first, int64_t count, uint16_t* panel) {
+    ERNIE_DISPATCH(pack_panel, b, column, first, count, panel);
+  });
+}
+
+void matmul_transposed(const Matrix& a, const PackedMatrix& weight, const Target& c, const Matrix* below) {
+  multiply_stacked(a, weight.out, weight.in, below, c,
+                   [&weight](int64_t column, int64_t first, int64_t count, uint16_t* panel) {
+                     ERNIE_DISPATCH(pack_transposed_panel, weight, column, first, count, panel);
+                   });
+}
+
+void round_rows(const Matrix& a, uint16_t* out, int64_t out_stride) {
+  pack_block(a, 0, a.rows, 0, whole_pieces(a.columns), out, out_stride);
 }
 
 void linear(const PackedMatrix& weight, const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride) {
