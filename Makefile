@@ -17,10 +17,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONWARNINGS := ignore:No ccache found:UserWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity lint bench clean
+.PHONY: help demo test parity lint bench check-cuda clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.installed-core ## ask the embedded small model three questions
 	$(RUN) examples/demo.py
@@ -38,6 +38,9 @@ lint: $(VENV)/.installed-test ## check style, format and types
 
 bench: $(VENV)/.installed-core $(VENV)/.installed-bench $(BENCH_MODEL)/config.json ## measure this machine, into docs/
 	$(RUN) tools/bench.py --model $(BENCH_MODEL) --output docs $(BENCH_OPTIONS)
+
+check-cuda: $(VENV)/.installed-core ## compile the CUDA operators for Ampere and Hopper; needs nvcc, but no GPU
+	$(RUN) tools/check_cuda.py
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

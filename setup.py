@@ -1,7 +1,8 @@
 """Build script: what pyproject.toml cannot say. Everything else about the package is declared there.
 
-The CPU operators are compiled here if PaddlePaddle can be imported, which takes ``pip install --no-build-isolation .``.
-Everyone else compiles them at first use: an installation never fails for want of a compiler.
+The operators are compiled here if PaddlePaddle can be imported, which takes ``pip install --no-build-isolation .``:
+those for the CPU and, if Paddle was compiled with CUDA, those for GPUs. Everyone else compiles them at first use: an
+installation never fails for want of a compiler.
 
 ``ERNIE45_NO_PADDLE=1 pip install .`` leaves PaddlePaddle out of the requirements, for those who have installed
 ``paddlepaddle-gpu`` from Paddle's own index: pip would otherwise put the CPU wheel over the same ``paddle`` folder.
@@ -38,24 +39,25 @@ def install_requires() -> list[str]:
 
 
 def builds_operators() -> bool:
-    """Whether the library of CPU operators is compiled now. The package is then one for this kind of machine only."""
+    """Whether the operators are compiled now. The package is then one for this kind of machine only."""
     return os.environ.get("ERNIE45_BUILD") != "0" and importlib.util.find_spec("paddle") is not None
 
 
 class BuildOperators(build_ext):
-    """Compiles the CPU operators into the package, in a process of its own that may fail."""
+    """Compiles the operators into the package, in processes of their own that may fail."""
 
     def run(self) -> None:
         """Compile them, unless the package stays where it is: its sources are then likely to change."""
         if self.editable_mode or self.inplace:
             return
         folder = Path(self.build_lib).absolute() / "ernie45" / "ops" / "_native"
-        script = "import sys; from ernie45.ops import build; build.build_for_package(sys.argv[1])"
-        command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
-        result = subprocess.run(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
-        if result.returncode:
-            reason = (result.stderr.strip().splitlines() or ["unknown"])[-1]
-            print(f"ernie45: CPU operators are left to be compiled at first use: {reason}", file=sys.stderr)
+        for module in ("build", "build_cuda"):
+            script = f"import sys; from ernie45.ops import {module}; {module}.build_for_package(sys.argv[1])"
+            command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
+            result = subprocess.run(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+            if result.returncode:
+                reason = (result.stderr.strip().splitlines() or ["unknown"])[-1]
+                print(f"ernie45: {module}: operators are not compiled now: {reason}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         """What was compiled."""

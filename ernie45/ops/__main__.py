@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 
-from ernie45.ops import build, custom, toolchain
+from ernie45.ops import build, custom, gpu, make, toolchain
 
 PREFIX = "ernie45_"
 
 
 def main() -> None:
-    """Print a table of the operators, and what the library behind them is."""
+    """Print what tensors on the CPU use, what those on a GPU use, and what the libraries behind them are."""
     rows = [("operator", "implementation", "why"), *((name, *implementation()) for name in operators())]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for name, used, why in rows:
-        print(f"{name:{widths[0]}}  {used:{widths[1]}}  {why}")
-    print()
-    for label, value in facts():
-        print(f"{label + ':':10}{value}")
+    _print_columns(rows)
+    _print_facts(facts())
+    print("\non a GPU")
+    if reason := gpu.why_none():
+        print(f"none: {reason}")
+        return
+    _print_columns([rows[0], *gpu.report()])
+    _print_facts(library_facts(gpu.loaded()))
 
 
 def operators() -> list[str]:
@@ -38,16 +40,33 @@ def implementation() -> tuple[str, str]:
 
 def facts() -> list[tuple[str, str]]:
     """The library's file, how it was built, and its threads."""
-    native, file = custom.library(), custom.loaded().file
-    if native is None or file is None:
-        return [("library", f"none: {custom.loaded().why_not}")]
-    built = build.read_facts(file)
+    native = custom.library()
+    threads = [] if native is None else [("threads", str(native.ernie45_num_threads()))]
+    return [*library_facts(custom.loaded()), *threads]
+
+
+def library_facts(loaded: custom.Loaded) -> list[tuple[str, str]]:
+    """A library's file and how it was built, or why there is none."""
+    if loaded.file is None:
+        return [("library", f"none: {loaded.why_not}")]
+    built = make.read_facts(loaded.file)
     return [
-        ("library", str(file)),
+        ("library", str(loaded.file)),
         ("compiler", str(built.get("compiler", "unknown"))),
         ("built in", f"{built.get('seconds', '?')} s"),
-        ("threads", str(native.ernie45_num_threads())),
     ]
+
+
+def _print_columns(rows: list[tuple[str, str, str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for name, used, why in rows:
+        print(f"{name:{widths[0]}}  {used:{widths[1]}}  {why}")
+
+
+def _print_facts(pairs: list[tuple[str, str]]) -> None:
+    print()
+    for label, value in pairs:
+        print(f"{label + ':':10}{value}")
 
 
 def _declared() -> list[str]:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,17 +117,33 @@ def instruction_set(name: str) -> Iterator[None]:
         native.ernie45_set_isa(before)
 
 
-def _load() -> Loaded:
+def wants_reference() -> bool:
+    """Whether every operator is to be its definition: inside `reference_only`, or because the user says so."""
+    return _reference_depth > 0 or os.environ.get("ERNIE45_OPS") == "reference"
+
+
+def load(what: str, library_file: Callable[[], Path]) -> Loaded:
+    """Register the operators of a library; without it there is one warning, unless the user switched building off.
+
+    Args:
+        what: is loaded, such as "CPU operators".
+        library_file: finds the library or builds it.
+    """
     if os.environ.get("ERNIE45_OPS") == "reference":
         return Loaded(None, None, (), "ERNIE45_OPS=reference")
     try:
-        file = build.library_file()
+        file = library_file()
         # The same file opened twice is one library: C functions and operators share their state.
         operators = paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(file))
-        native = ctypes.CDLL(str(file))
+        return Loaded(ctypes.CDLL(str(file)), file, tuple(operators))
     except (toolchain.BuildError, OSError, RuntimeError, ValueError) as error:
         if os.environ.get("ERNIE45_BUILD") != "0":
-            warnings.warn(f"ernie45: no fused CPU operators: {error}", ReferencePathWarning, stacklevel=4)
+            warnings.warn(f"ernie45: no fused {what}: {error}", ReferencePathWarning, stacklevel=5)
         return Loaded(None, None, (), str(error))
-    runtime.follow_threads(native.ernie45_set_num_threads)
-    return Loaded(native, file, tuple(operators))
+
+
+def _load() -> Loaded:
+    found = load("CPU operators", build.library_file)
+    if found.library is not None:
+        runtime.follow_threads(found.library.ernie45_set_num_threads)
+    return found

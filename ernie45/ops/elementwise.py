@@ -1,7 +1,7 @@
 """RMSNorm, SwiGLU and rotary positions: the fused operator where there is one, the definition elsewhere.
 
 Everything is computed in float32 and each result is rounded once, to the dtype of the input. The fused operators take
-float32 and bfloat16 on the CPU.
+float32 and bfloat16 on the CPU, and float16 as well on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import overload
 import paddle
 from paddle import Tensor
 
-from ernie45.ops import custom, reference
+from ernie45.ops import custom, gpu, reference
 
 
 @overload
@@ -32,7 +32,7 @@ def rms_norm(
         The normed x, in its dtype; with a residual, a pair of that and the new residual x + residual.
     """
     if not fused(x):
-        return reference.rms_norm(x, weight, epsilon, residual)
+        return gpu.best(reference.rms_norm, x)(x, weight, epsilon, residual)
     if residual is None:
         return narrow(custom.run("ernie45_rms_norm", widen(x), widen(weight), epsilon)[0], x)
     out, total = custom.run("ernie45_add_rms_norm", widen(x), widen(residual), widen(weight), epsilon)
@@ -51,7 +51,7 @@ def swiglu(x: Tensor, prob: Tensor | None = None) -> Tensor:
         [..., width], in the dtype of x.
     """
     if not fused(x):
-        return reference.swiglu(x, prob)
+        return gpu.best(reference.swiglu, x)(x, prob)
     if prob is None:
         return narrow(custom.run("ernie45_swiglu", widen(x))[0], x)
     return narrow(custom.run("ernie45_swiglu_prob", widen(x), widen(prob))[0], x)
@@ -75,7 +75,7 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float, time_pairs: int 
         ErnieError: positions of another shape, or more pairs for the time than there are.
     """
     if not custom.usable(positions):
-        return reference.rope_angles(positions, head_dim, theta, time_pairs)
+        return gpu.best(reference.rope_angles, positions)(positions, head_dim, theta, time_pairs)
     of_pairs = reference.positions_of_pairs(positions, head_dim // 2, time_pairs)
     cos, sin = custom.run("ernie45_rope_angles", of_pairs, reference.rope_frequencies(head_dim, theta))
     return cos, sin
@@ -94,7 +94,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         Like x.
     """
     if not fused(x):
-        return reference.rope(x, cos, sin)
+        return gpu.best(reference.rope, x)(x, cos, sin)
     return narrow(custom.run("ernie45_rope", widen(x), cos, sin)[0], x)
 
 

@@ -23,7 +23,7 @@ import paddle
 from paddle import Tensor
 
 from ernie45.errors import ErnieError
-from ernie45.ops import custom, fp8_reference
+from ernie45.ops import custom, fp8_reference, gpu
 
 ROW_BLOCK = (1, 128)
 SQUARE_BLOCK = (128, 128)
@@ -51,7 +51,7 @@ def fp8_quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale: str = "fl
         if custom.usable(x):
             codes, scales = custom.run("ernie45_fp8_quantize", x, block[0], scale == "power_of_two")
             return codes, scales
-        return fp8_reference.quantize(x, block, scale)
+        return gpu.best(fp8_reference.quantize, x)(x, block, scale)
 
 
 def fp8_quantize_transposed(
@@ -71,7 +71,7 @@ def fp8_quantize_transposed(
         if custom.usable(x):
             codes, scales = custom.run("ernie45_fp8_quantize_transposed", x, block[0], scale == "power_of_two")
             return codes, scales
-        return fp8_reference.quantize(x.transpose([1, 0]), block, scale)
+        return gpu.best(fp8_reference.quantize_transposed, x)(x, block, scale)
 
 
 def fp8_quantize_both(
@@ -92,7 +92,7 @@ def fp8_quantize_both(
                 "ernie45_fp8_quantize_both", x, block[0], scale == "power_of_two"
             )
             return codes, scales, transposed_codes, transposed_scales
-        return *fp8_reference.quantize(x, block, scale), *fp8_reference.quantize(x.transpose([1, 0]), block, scale)
+        return gpu.best(fp8_reference.quantize_both, x)(x, block, scale)
 
 
 def fp8_dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int] = ROW_BLOCK, dtype: str = "float32") -> Tensor:
@@ -120,7 +120,7 @@ def fp8_dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int] = ROW_B
     with paddle.no_grad():
         if custom.usable(codes, scales):
             return custom.run("ernie45_fp8_dequantize", codes, scales, block[0], dtype == "bfloat16")[0]
-        return fp8_reference.dequantize(codes, scales, block, dtype)
+        return gpu.best(fp8_reference.dequantize, codes)(codes, scales, block, dtype)
 
 
 def swiglu_fp8_quantize(x: Tensor, prob: Tensor | None = None, scale: str = "float32") -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def swiglu_fp8_quantize(x: Tensor, prob: Tensor | None = None, scale: str = "flo
         )
     with paddle.no_grad():
         if not custom.usable(x) or not (prob is None or custom.usable(prob)):
-            return fp8_reference.swiglu_quantize(x, prob, scale)
+            return gpu.best(fp8_reference.swiglu_quantize, x)(x, prob, scale)
         factors = None if prob is None else prob.astype("float32")
         codes, scales = custom.run("ernie45_swiglu_fp8_quantize", x, factors, scale == "power_of_two")
         return codes, scales

@@ -36,6 +36,16 @@ def quantize(x: Tensor, block: tuple[int, int], scale: str) -> tuple[Tensor, Ten
     return whole[: x.shape[0], : x.shape[1]].contiguous().view("float8_e4m3fn"), scales
 
 
+def quantize_transposed(x: Tensor, block: tuple[int, int], scale: str) -> tuple[Tensor, Tensor]:
+    """See `ernie45.ops.fp8_quantize_transposed`."""
+    return quantize(x.transpose([1, 0]), block, scale)
+
+
+def quantize_both(x: Tensor, block: tuple[int, int], scale: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ernie45.ops.fp8_quantize_both`."""
+    return *quantize(x, block, scale), *quantize_transposed(x, block, scale)
+
+
 def dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int], dtype: str) -> Tensor:
     """See `ernie45.ops.fp8_dequantize`."""
     rows, columns = codes.shape

@@ -1,7 +1,7 @@
 """Routing tokens to experts and back: the fused operator where there is one, the definition elsewhere.
 
 Everything is computed in float32 and each result is rounded once, to the dtype of the input. The fused operators take
-float32 and bfloat16 on the CPU.
+float32 and bfloat16 on the CPU, and float16 as well on a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
-from ernie45.ops import custom, reference
+from ernie45.ops import custom, gpu, reference
 from ernie45.ops.elementwise import fused, narrow, widen
 
 
@@ -31,7 +31,7 @@ def moe_gate(
         probabilities [tokens, experts], indices [tokens, k] int64, weights [tokens, k], all float32 but the indices.
     """
     if not custom.usable(logits) or logits.dtype != paddle.float32:
-        return reference.moe_gate(logits, bias, k, activation, normalise, minimum)
+        return gpu.best(reference.moe_gate, logits)(logits, bias, k, activation, normalise, minimum)
     shift = None if bias is None else bias.detach()
     probabilities, indices, weights = custom.run(
         "ernie45_moe_gate", logits, shift, k, activation == "softmax", normalise, minimum
@@ -53,7 +53,7 @@ def moe_permute(x: Tensor, indices: Tensor, num_experts: int) -> tuple[Tensor, T
         slots: [tokens, k] int64, the row to which each choice went, for `moe_combine`.
     """
     if not fused(x):
-        return reference.moe_permute(x, indices, num_experts)
+        return gpu.best(reference.moe_permute, x)(x, indices, num_experts)
     rows, counts, offsets, slots = custom.run("ernie45_moe_permute", widen(x), indices, num_experts)
     return narrow(rows, x), counts.detach(), offsets.detach(), slots.detach()
 
@@ -70,5 +70,5 @@ def moe_combine(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         [tokens, hidden_size] in the dtype of rows.
     """
     if not fused(rows):
-        return reference.moe_combine(rows, slots, weights)
+        return gpu.best(reference.moe_combine, rows)(rows, slots, weights)
     return narrow(custom.run("ernie45_moe_combine", widen(rows), slots, widen(weights))[0], rows)

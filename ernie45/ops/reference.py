@@ -91,6 +91,16 @@ def positions_of_pairs(positions: Tensor, pairs: int, time_pairs: int) -> Tensor
     Raises:
         ErnieError: positions of another shape, or more pairs for the time than there are.
     """
+    check_positions(positions, pairs, time_pairs)
+    wide = positions.astype("float32")
+    if positions.ndim == 2:
+        return wide.unsqueeze(-1)
+    axes = [0 if pair >= pairs - time_pairs else 1 + pair % 2 for pair in range(pairs)]
+    return paddle.index_select(wide, paddle.to_tensor(axes, dtype="int64"), axis=-1)
+
+
+def check_positions(positions: Tensor, pairs: int, time_pairs: int) -> None:
+    """Raises an ErnieError for positions of another shape, or more pairs for the time than there are."""
     if positions.ndim not in (2, 3) or (positions.ndim == 3 and positions.shape[-1] != 3):
         raise ErnieError(
             f"rope_angles: positions have shape {list(positions.shape)}, expected [batch, sequence] or "
@@ -98,11 +108,6 @@ def positions_of_pairs(positions: Tensor, pairs: int, time_pairs: int) -> Tensor
         )
     if not 0 <= time_pairs <= pairs:
         raise ErnieError(f"rope_angles: time_pairs is {time_pairs}, expected 0 to head_dim / 2 = {pairs}")
-    wide = positions.astype("float32")
-    if positions.ndim == 2:
-        return wide.unsqueeze(-1)
-    axes = [0 if pair >= pairs - time_pairs else 1 + pair % 2 for pair in range(pairs)]
-    return paddle.index_select(wide, paddle.to_tensor(axes, dtype="int64"), axis=-1)
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, time_pairs: int = 0) -> tuple[Tensor, Tensor]:

@@ -37,12 +37,12 @@ LINK_FLAGS = ["-shared"]
 # Paddle's own OpenMP runtime comes first: a second one (libgomp) would fight with it for the cores. All of them are
 # in the process already when the library is loaded.
 OPENMP = "libiomp5.so"
-ALWAYS_LINKED = [OPENMP, "libpaddle.so"]
-LINKED_IF_USED = ["libphi.so", "libphi_core.so", "libcommon.so", "libdnnl.so.3"]
+PADDLE = "libpaddle.so"
+LINKED_IF_USED = ["libphi.so", "libphi_core.so", "libphi_gpu.so", "libcommon.so", "libdnnl.so.3"]
 
 
 class BuildError(ErnieError):
-    """The CPU operators cannot be compiled here. The message says why and what to do."""
+    """Operators cannot be compiled here. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,16 @@ def library_folders() -> list[Path]:
 
 
 def linker_arguments() -> list[str]:
+    """Linker arguments for Paddle's libraries and its OpenMP runtime, found again at run time where they are now."""
+    folders = [f"-L{folder}" for folder in library_folders()]
+    return [*folders, "-Wl,--no-as-needed", f"-l:{OPENMP}", *paddle_libraries()]
+
+
+def paddle_libraries() -> list[str]:
     """Linker arguments for Paddle's libraries, found again at run time where they are now."""
     folders = [argument for folder in library_folders() for argument in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
     used = [f"-l:{name}" for name in LINKED_IF_USED if find_in_paddle(name)]
-    always = [f"-l:{name}" for name in ALWAYS_LINKED]
-    return [*folders, "-Wl,--no-as-needed", *always, "-Wl,--as-needed", *used]
+    return [*folders, "-Wl,--no-as-needed", f"-l:{PADDLE}", "-Wl,--as-needed", *used]
 
 
 def include_folders() -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie45.ops import build, toolchain
+from ernie45.ops import build, make, toolchain
 
 HEADER = """#pragma once
 inline int base() { return 40; }
@@ -65,7 +65,9 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_kernels_are_compiled_for_both_instruction_sets_and_the_rest_once(sources: Path) -> None:
-    found = {unit.name: unit.flags for unit in build.units(sources)}
+    units = build.units(sources, toolchain.Compiler(("c++", "-pipe"), "c++ 12"))
+    assert all(unit.command[:2] == ("c++", "-pipe") for unit in units)
+    found = {unit.name: unit.command for unit in units}
     assert list(found) == ["kernel.avx512", "kernel.avx2", "once"]
     assert "-mavx512bf16" in found["kernel.avx512"]
     assert not any("avx512" in flag for flag in (*found["kernel.avx2"], *found["once"]))
@@ -80,7 +82,7 @@ def test_it_is_built_once_and_only_what_changed_is_compiled_again(
     said = capsys.readouterr().err.splitlines()
     assert [line.partition("(")[0] for line in said[:1]] == ["ernie45: building CPU operators "]
     assert re.fullmatch(r"ernie45: built ernie45_cpu-\w+-\w+\.so in \d+ s", said[1]) and len(said) == 2
-    facts = build.read_facts(first)
+    facts = make.read_facts(first)
     assert facts["compiler"] == toolchain.find_compiler().version and 0 < facts["seconds"] < 120
 
     assert build.library_file(sources) == first
@@ -190,7 +192,7 @@ def test_a_library_that_was_installed_with_the_package_needs_no_compiler(
     packaged = build.build_for_package(build.PACKAGED, sources)
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert build.library_file(sources) == packaged and answer(packaged) == 82
-    assert "compiler" in build.read_facts(packaged)
+    assert "compiler" in make.read_facts(packaged)
     edit(sources / "cpu" / "answer.h", "40", "50")
     with pytest.raises(
         toolchain.BuildError, match="no C\\+\\+ compiler: '/nonexistent/c\\+\\+' does not run.*apt install"

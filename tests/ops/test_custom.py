@@ -145,7 +145,7 @@ def test_the_library_follows_the_number_of_threads(native: object, monkeypatch: 
 
 def test_the_report_names_every_operator_and_the_library(native: object, capsys: pytest.CaptureFixture[str]) -> None:
     report.main()
-    table, _, facts = capsys.readouterr().out.partition("\n\n")
+    table, facts, on_gpu = capsys.readouterr().out.split("\n\n", 2)
     rows = [line.split() for line in table.splitlines()]
     assert rows[0] == ["operator", "implementation", "why"]
     assert {row[0] for row in rows[1:]} == {
@@ -153,11 +153,12 @@ def test_the_report_names_every_operator_and_the_library(native: object, capsys:
     }
     assert {row[1] for row in rows[1:]} == {"native"} and {row[2] for row in rows[1:]} <= {"avx512", "avx2"}
     assert str(custom.loaded().file) in facts and f"threads:  {native.ernie45_num_threads()}" in facts
+    assert on_gpu.startswith("on a GPU\n")
 
 
 def test_the_report_names_the_same_operators_without_a_library(native: object) -> None:
     output = run_python("-m", "ernie45.ops", ERNIE45_OPS="reference")
-    table, _, facts = output.partition("\n\n")
+    table, facts, _ = output.split("\n\n", 2)
     rows = [line.split() for line in table.splitlines()[1:]]
     assert sorted(row[0] for row in rows) == report.operators()
     assert {row[1] for row in rows} == {"reference"} and facts.strip() == "library:  none: ERNIE45_OPS=reference"
