@@ -1,9 +1,10 @@
 """Asks several questions about a video; it is read and encoded once.
 
-python examples/ask_video.py clip.mp4 "What happens here?" "When does it begin to rain?"
-python examples/ask_video.py clip.mp4 "How many people are there?" --max-frames 32 --quantization wint4
+python examples/ask_video.py examples/media/clip.gif "What came after 4?" "What came after 9?"
+python examples/ask_video.py rain.mp4 "When does it begin to rain?" --model baidu/ERNIE-4.5-VL-28B-A3B-Paddle
 
-Needs PyAV: pip install ".[video]"
+The model that comes with the package reads handwritten digits and knows nothing else. Other files than animated
+pictures need PyAV: pip install ".[video]"
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("video", help="file or URL")
     parser.add_argument("questions", nargs="+")
-    parser.add_argument("--model", default="baidu/ERNIE-4.5-VL-28B-A3B-Paddle", help="folder or hub name")
+    parser.add_argument("--model", default="ernie45-tiny", help="folder or hub name")
     parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
     parser.add_argument("--max-frames", type=int, default=180)
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -1,8 +1,10 @@
 """Describes pictures, or answers a question about them.
 
-python examples/describe_image.py photo.jpg
-python examples/describe_image.py before.png after.png --question "What has changed?" --quantization wint4
-python examples/describe_image.py https://example.com/photo.jpg --model ERNIE-4.5-VL-28B-A3B-wint4 --thinking
+python examples/describe_image.py examples/media/seven.png
+python examples/describe_image.py examples/media/seven.png examples/media/three.png --question "Which digit is larger?"
+python examples/describe_image.py photo.jpg --question "What is this?" --model baidu/ERNIE-4.5-VL-28B-A3B-Paddle
+
+The model that comes with the package reads handwritten digits and knows nothing else.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ def main() -> None:
     """Prints the answer as it comes; reasoning, if there is any, in front of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("images", nargs="+", help="files or URLs")
-    parser.add_argument("--question", default="Describe this picture.")
-    parser.add_argument("--model", default="baidu/ERNIE-4.5-VL-28B-A3B-Paddle", help="folder or hub name")
+    parser.add_argument("--question", default="Which digit is this?")
+    parser.add_argument("--model", default="ernie45-tiny", help="folder or hub name")
     parser.add_argument("--quantization", choices=("wint8", "wint4"), help="quantise the weights while loading")
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="think before answering")
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -37,6 +37,15 @@ class Team:
             helper.join()
         return result
 
+    def meet(self) -> None:
+        """Waits until every worker has come here.
+
+        Raises:
+            threading.BrokenBarrierError: another worker has failed.
+        """
+        if self.size > 1:
+            self._barrier.wait(PATIENCE)
+
     def average(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The mean over all workers of each array; every worker must call this with the same shapes.
 

@@ -21,6 +21,9 @@ from pathlib import Path
 
 from tiny_tasks import WEEKDAYS, sample
 
+from ernie45 import ErnieTokenizer
+from ernie45.chat import VISION_TEMPLATE
+
 VOCABULARY_SIZE = 1536
 END_OF_SENTENCE, BEGIN_OF_SENTENCE = "<|end_of_sentence|>", "<|begin_of_sentence|>"
 SPECIAL_PIECES = ("<cls>", "<sep>", "<pad>", *(f"<mask:{n}>" for n in range(8)), END_OF_SENTENCE, BEGIN_OF_SENTENCE)
@@ -46,17 +49,6 @@ COMMON_CHINESE = (
     "认六共权收证改清己美再采转更单风切打白教速花带安场身车例真务具万每目至达走积示议声报斗完类八离华名确才科张信马节话米整"
     "空元况今集温传土许步群广石记需段研界拉林律叫且究观越织装影算低持音众书布复容儿须际商非验连断深难近矿千周委素技备半办青"
     "红黄蓝绿黑紫橙圆方三左右上下图片视频声音跳跑猫狗鸟鱼马牛羊您请谢吗呢吧啊哪谁怎好，。！？、；：“”‘’（）《》—…·"
-)
-CHAT_TEMPLATE = (
-    "{%- if add_generation_prompt is not defined -%}{%- set add_generation_prompt = true -%}{%- endif -%}"
-    "{{- cls_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n' -}}"
-    "{%- elif message['role'] == 'user' -%}{{- 'User: ' + message['content'] + '\\n' -}}"
-    "{%- elif message['role'] == 'assistant' -%}{{- 'Assistant: ' + message['content'] + sep_token -}}"
-    "{%- else -%}{{- raise_exception('roles are system, user and assistant; found ' + message['role']) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
 )
 SPECIAL_TOKENS_MAP = {
     "bos_token": "<s>",
@@ -141,7 +133,7 @@ def build_tokenizer(
             "clean_up_tokenization_spaces": False,
             "padding_side": "right",
             "model_max_length": 131072,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": VISION_TEMPLATE,
         }
         generation = {"do_sample": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         for name, content in (
@@ -158,6 +150,14 @@ def build_tokenizer(
     finally:
         shutil.rmtree(unfinished)
     return vocabulary_size + len(ADDED_TOKENS)
+
+
+def copy_tokenizer(source: str | Path, folder: Path, template: str = VISION_TEMPLATE) -> None:
+    """Writes the tokenizer of the checkpoint `source` into `folder`, with another chat template."""
+    ErnieTokenizer.from_pretrained(source).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""Trains a small ERNIE 4.5 mixture of experts from nothing, on questions that `tiny_tasks.py` writes.
+"""Trains a small ERNIE 4.5 vision-language model on questions that `tiny_tasks.py` and `tiny_skills.py` write.
 
-    python examples/train_tiny.py --output build/tiny --workers 2 --rows 8    # two cores, 1.5 hours; stop it any time
-    python examples/train_tiny.py --output build/tiny --workers 2 --rows 8 --resume
+    python examples/train_tiny.py --output build/tiny --workers 2                      # from nothing; stop it any time
+    python examples/train_tiny.py --output build/tiny --workers 2 --resume
+    python examples/train_tiny.py --output build/tiny --workers 2 --text ernie45-tiny  # begin with these text weights
     python tools/tiny_accuracy.py build/tiny
 
-A plain loop on this library's layers. Conversations in the chat format are packed into rows, with a mask that keeps
-them apart; the loss is that of the answers, plus the router losses of every mixture-of-experts layer; after each
-optimizer step the routers' correction biases move towards an even load. The output folder is a checkpoint in the
-published -Paddle layout with its tokenizer, beside `training.json`, the report of the run.
+The stages follow the ERNIE 4.5 report: text first; then tower and adapter learn to name pictures; then they and the
+vision experts learn to serve the frozen text model; then everything learns together; then the formats of thinking and
+of tools; last, right replies are preferred over wrong ones. `STAGES` says what each one trains, and on what. It is a
+plain loop on this library's layers. Documents are packed into rows, with a mask that keeps them apart; the loss is that
+of the answers, plus the router losses of both expert banks; after each optimizer step the routers' correction biases
+move towards an even load. The output folder is a checkpoint in the published -Paddle layout with its tokenizer, beside
+`training.json`, the report of the run, and a copy of the model after each stage in `stages/`. The handwritten digits
+come with scikit-learn: `pip install ".[tiny]"`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,81 +34,185 @@ from paddle import Tensor
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from team import Team
-from tiny_data import Batch, draw_conversations, pack
-from tiny_tokenizer import build_tokenizer
+from tiny_data import Batch, draw_conversations, draw_samples, pack
+from tiny_model import make_model, take_text_weights
+from tiny_naming import Named, draw_named, name_pictures, naming_loss
+from tiny_pictures import LIMITS
+from tiny_preferences import answers_of, draw_pairs, pair_loss, side_by_side
+from tiny_skills import LESSONS
+from tiny_tokenizer import build_tokenizer, copy_tokenizer
 from tqdm import tqdm
 
-from ernie45 import ErnieConfig, ErnieForCausalLM, ErnieTokenizer
-from ernie45.losses import (
-    IGNORED_LABEL,
-    language_model_loss,
-    load_balance_loss,
-    orthogonalization_loss,
-    router_z_loss,
-    update_correction_bias,
-)
-from ernie45.models.moe import MoE, Routing
+from ernie45 import ErnieForConditionalGeneration, ErnieProcessor, ErnieTokenizer
+from ernie45.chat import VISION_TEMPLATE
+from ernie45.losses import IGNORED_LABEL, language_model_loss, router_losses, token_log_probs, update_correction_bias
+from ernie45.models.moe import Routing
+from ernie45.models.parts import PARTS, freeze, router_weights, unfreeze
+from ernie45.processing.processor import SETTINGS_FILE
 from ernie45.runtime import set_num_threads
 
-# The architecture of ERNIE-4.5-21B-A3B, made small: a dense first layer, then routed experts beside shared ones.
-MODEL: dict[str, Any] = {
-    "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe",
-    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "moe_num_experts": 16, "moe_k": 2, "moe_intermediate_size": 160, "moe_num_shared_experts": 1,
-    "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_use_aux_free": True,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 BALANCE, ORTHOGONALITY, Z = 1e-2, 1e-2, 1e-4  # coefficients of the router losses, as in the published configs
+TOKENS_PER_NAME = 20  # a batch of pictures and their names has one picture where others have this many tokens
 BIAS_RATE = 1e-3  # how far a correction bias moves per step
+BANKS = ("text", "vision")
+# Until the formats are learned, a reply follows "Assistant: " at once.
+BARE_TEMPLATE = VISION_TEMPLATE.replace("('<think>' if enable_thinking else '<think>\\n\\n</think>\\n\\n')", "''")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Batches of one kind: rows of `length` tokens, the cost of which grows with their square, filled with lessons.
+
+    Attributes:
+        shares: of the kinds of lessons, see `tiny_skills.LESSONS`; none: conversations of text alone.
+        length: of a row.
+        share: of the steps of the stage.
+    """
+
+    shares: Mapping[str, float] = field(default_factory=dict)
+    length: int = 128
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the training.
+
+    Attributes:
+        name: of the stage.
+        steps: of the optimizers.
+        parts: what learns, of `ernie45.models.parts.PARTS`; the rest is frozen.
+        mixes: what it learns from; each step takes one of them. None: pictures and their names, see `tiny_naming.py`.
+        formats: whether prompts have the formats of thinking and tools.
+        pairs: learn from pairs of right and wrong replies, compared with the model that the stage before left.
+        rate, matrix_rate: peak learning rates of AdamW and of Muon.
+    """
+
+    name: str
+    steps: int
+    parts: tuple[str, ...]
+    mixes: tuple[Mix, ...] = ()
+    formats: bool = False
+    pairs: bool = False
+    rate: float = 1.5e-3
+    matrix_rate: float = 0.02
+
+    @property
+    def template(self) -> str:
+        """The chat template of the prompts."""
+        return VISION_TEMPLATE if self.formats else BARE_TEMPLATE
+
+
+SIGHT = ("vision", "adapter", "vision_experts")
+STAGES = (
+    Stage("text", 11000, ("text",), (Mix(),)),
+    Stage("names", 1200, ("vision", "adapter")),
+    Stage("vision", 400, SIGHT, (Mix({
+        "one digit": 0.3, "several digits": 0.5, "two-digit number": 0.1, "clip, when": 0.1,
+    }),)),
+    Stage("joint", 1600, PARTS, (Mix({
+        "text": 0.37, "three-digit sums, in steps": 0.03, "one digit": 0.1, "several digits": 0.15,
+        "two-digit number": 0.05, "sum of two pictures": 0.1, "larger of two pictures": 0.05,
+        "clip, what came after": 0.08, "clip, when": 0.07,
+    }),), rate=1e-3, matrix_rate=0.01),
+    Stage("formats", 3200, PARTS, (
+        Mix({
+            "text": 0.3, "one digit": 0.06, "several digits": 0.12, "two-digit number": 0.05,
+            "sum of two pictures": 0.08, "larger of two pictures": 0.04, "clip, what came after": 0.08,
+            "clip, when": 0.08, "three-digit sums, thinking": 0.05, "three-digit sums, at once": 0.08,
+            "any question, thinking": 0.06,
+        }, share=0.9),
+        Mix({
+            "tool calls": 0.4, "answers from tool output": 0.3, "questions beside a tool": 0.3,
+        }, length=320, share=0.1),
+    ), formats=True, rate=8e-4, matrix_rate=0.007),
+    Stage("preferences", 60, PARTS, (Mix({
+        "text": 0.3, "one digit": 0.05, "several digits": 0.1, "sum of two pictures": 0.1,
+        "clip, what came after": 0.05, "clip, when": 0.1, "three-digit sums, thinking": 0.1,
+        "three-digit sums, at once": 0.2,
+    }),), formats=True, pairs=True, rate=2e-5, matrix_rate=2e-4),
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
-def answer_loss(model: ErnieForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, list[Routing]]:
-    """Mean cross-entropy of the answers, the share of their tokens predicted rightly, and what the routers did."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave: the loss, what of the answers was right and of which kind that is, the routers' choices."""
+
+    loss: Tensor
+    right: np.ndarray
+    kinds: np.ndarray
+    routing: list[Routing]
+
+
+def predict(model: ErnieForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Routing]]:
+    """The forward pass, in which only the answers go through the head.
+
+    Returns:
+        logits [learned tokens, vocab_size], their labels [learned tokens], their places in the flattened batch, and
+        what the routers did.
+    """
     routing: list[Routing] = []
     hidden = model.ernie(
         paddle.to_tensor(batch.input_ids),
         position_ids=paddle.to_tensor(batch.position_ids),
         attn_mask_startend_row_indices=paddle.to_tensor(batch.end_rows),
         routing=routing,
+        banks=paddle.to_tensor(np.minimum(batch.types, 1)),  # that of padding is -1: none
+        features=None if batch.images is None else model.encode_images(paddle.to_tensor(batch.images), batch.grid),
     )
     labels = batch.labels.flatten()
-    places = np.flatnonzero(labels != IGNORED_LABEL)  # only these rows go through the head
-    targets = paddle.to_tensor(labels[places])
-    logits = model.lm_head(paddle.gather(hidden.flatten(0, 1), paddle.to_tensor(places)))
-    right = (logits.detach().argmax(axis=-1) == targets).astype("float32").mean()
-    return language_model_loss(logits, targets), right, routing
+    places = paddle.to_tensor(np.flatnonzero(labels != IGNORED_LABEL))
+    logits = model.lm_head(paddle.gather(hidden.flatten(0, 1), places))
+    return logits, paddle.gather(paddle.to_tensor(labels), places), places, routing
 
 
-def router_loss(routing: list[Routing], routers: dict[int, MoE], k: int) -> Tensor:
-    """The weighted sum of the three router losses over all mixture-of-experts layers."""
-    terms = [
-        BALANCE * load_balance_loss(step.probabilities, k)
-        + ORTHOGONALITY * orthogonalization_loss(routers[step.layer].gate.weight)
-        + Z * router_z_loss(step.logits)
-        for step in routing
-    ]
-    return paddle.add_n(terms)
+def learn_answers(model: ErnieForConditionalGeneration, batch: Batch) -> Outcome:
+    """The mean cross-entropy of the answers."""
+    logits, labels, places, routing = predict(model, batch)
+    right = (logits.detach().argmax(axis=-1) == labels).numpy()
+    return Outcome(language_model_loss(logits, labels), right, batch.kinds.flatten()[places.numpy()], routing)
 
 
-@paddle.no_grad()
-def shrink_residual_outputs(model: ErnieForCausalLM) -> None:
-    """Scales what every layer adds to the stream by 1 / sqrt(2 layers) at the start, as ERNIE's pre-training does."""
-    for name, parameter in model.named_parameters():
-        if "o_proj" in name or "down_proj" in name:
-            parameter.set_value(parameter / math.sqrt(2 * model.config.num_hidden_layers))
+def learn_preferences(
+    model: ErnieForConditionalGeneration, reference: ErnieForConditionalGeneration, batch: Batch
+) -> Outcome:
+    """Direct preference optimisation over rows of right and then of wrong replies."""
+    logits, labels, places, routing = predict(model, batch)
+    policy = answers_of(token_log_probs(logits, labels), places, batch)
+    with paddle.no_grad():
+        fixed = answers_of(token_log_probs(predict(reference, batch)[0], labels), places, batch)
+    loss, ordered = pair_loss(policy, fixed)
+    return Outcome(loss, ordered.numpy(), batch.kinds[: len(batch.kinds) // 2, 0], routing)
+
+
+def learn_names(model: ErnieForConditionalGeneration, processor: ErnieProcessor, batch: Named) -> Outcome:
+    """Digits as the names of pictures; the decoder takes no part."""
+    digit_ids = [processor.tokenizer.encode(str(digit))[0] for digit in range(10)]
+    loss, right = naming_loss(name_pictures(model, digit_ids, batch), batch)
+    return Outcome(loss, right, np.full(len(right), list(LESSONS).index("one digit")), [])
+
+
+def learn(
+    model: ErnieForConditionalGeneration,
+    reference: ErnieForConditionalGeneration | None,
+    processor: ErnieProcessor,
+    batch: Batch | Named,
+) -> Outcome:
+    """The forward pass of a step."""
+    if isinstance(batch, Named):
+        return learn_names(model, processor, batch)
+    return learn_answers(model, batch) if reference is None else learn_preferences(model, reference, batch)
 
 
 class Optimizers:
-    """Muon for the matrices of attention and MLPs, AdamW for all else: experts, routers, embedding, norms."""
+    """Muon for the matrices of attention, MLPs, tower and adapter, AdamW for all else: experts, embedding, norms."""
 
-    def __init__(self, model: ErnieForCausalLM, rate: float, matrix_rate: float):
+    def __init__(self, model: ErnieForConditionalGeneration, rate: float, matrix_rate: float):
         trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-        matrices = {name: p for name, p in trained.items() if name.endswith("_proj.weight")}
+        matrices = {name: p for name, p in trained.items() if p.ndim == 2 and not _has_own_scale(name)}
         self.rate, self.matrix_rate = rate, matrix_rate
         self.muon = Muon(list(matrices.values()))
         self.adamw = paddle.optimizer.AdamW(
@@ -135,29 +243,51 @@ class Optimizers:
         self.muon.set_state_dict({name[5:]: v for name, v in state.items() if name.startswith("muon.")})
 
 
+def _has_own_scale(name: str) -> bool:
+    """Whether a matrix is one whose rows or columns stand for themselves: embedding, routers, patches."""
+    return "embed" in name or ".gate." in name
+
+
 def schedule(step: int, progress: float, warmup: int = 50) -> float:
     """Factor of the learning rates: a linear warm-up, then 1, then a linear descent to 0 over the last two thirds."""
     return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) * 1.5)
 
 
-def average_over_team(team: Team, model: ErnieForCausalLM, counts: dict[int, Tensor], seconds: float) -> float:
+def average_over_team(team: Team, model: ErnieForConditionalGeneration, counts: Tensor, seconds: float) -> float:
     """Averages gradients and the experts' token counts over the team, in place; returns the mean of the clocks.
 
-    With one clock for all, all workers stop at the same step.
+    With one clock for all, all workers stop at the same step. A parameter that no token of this worker's batch needed
+    counts as one with a gradient of zeros.
     """
+    trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
     if team.size == 1:
         return seconds
-    shared = [p.grad for p in model.parameters() if p.grad is not None] + list(counts.values())
-    arrays = [tensor.numpy().astype(np.float32) for tensor in shared]
-    *means, clock = team.average([*arrays, np.array([seconds], np.float32)])
-    for tensor, mean in zip(shared, means, strict=True):
-        tensor.set_value(mean)
+    arrays = [np.zeros(p.shape, "float32") if p.grad is None else p.grad.numpy() for p in trained]
+    *means, load, clock = team.average([*arrays, counts.numpy(), np.array([seconds], np.float32)])
+    for parameter, mean in zip(trained, means, strict=True):
+        if parameter.grad is None:
+            parameter.grad = paddle.to_tensor(mean)
+        else:
+            parameter.grad.set_value(mean)
+    counts.set_value(load)
     return float(clock[0])
 
 
-def expert_load(counts: dict[int, Tensor]) -> dict[str, float]:
-    """How many times the mean load the busiest expert of each layer carries: 1 is even, the expert count the worst."""
-    return {str(layer): round(float(count.max() / count.mean()), 3) for layer, count in counts.items()}
+def expert_counts(routing: list[Routing], layers: list[int], experts: int) -> Tensor:
+    """Assignments [layers, banks, experts] float32."""
+    counts = np.zeros((len(layers), len(BANKS), experts), "float32")
+    for step in routing:
+        counts[layers.index(step.layer), step.bank] = step.counts.numpy()
+    return paddle.to_tensor(counts)
+
+
+def expert_load(counts: Tensor, layers: list[int]) -> dict[str, dict[str, list[float]]]:
+    """By bank and layer, how many times the mean load each expert carries: 1 is even."""
+    load = counts.numpy() / np.maximum(counts.numpy().mean(axis=-1, keepdims=True), 1e-9)
+    return {
+        bank: {str(layer): [round(float(v), 3) for v in load[row, number]] for row, layer in enumerate(layers)}
+        for number, bank in enumerate(BANKS)
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -167,18 +297,43 @@ CHECKPOINT, REPORT = "checkpoint.safetensors", "training.json"
 
 
 @dataclass
+class StageReport:
+    """The record of one stage.
+
+    Attributes:
+        expert_load_at_start, expert_load_at_end: see `expert_load`.
+        curve: every few steps the loss, the share of tokens of answers that were right, and the same by kind of lesson.
+    """
+
+    name: str
+    steps: int = 0
+    tokens: int = 0
+    patches: int = 0
+    seconds: float = 0.0
+    expert_load_at_start: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    expert_load_at_end: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class Report:
     """The record of a run, written as training.json and kept through checkpoints."""
 
     seed: int
-    rows: int
-    length: int
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    expert_load_at_start: dict[str, float] = field(default_factory=dict)
-    expert_load_at_end: dict[str, float] = field(default_factory=dict)
-    curve: list[dict[str, float]] = field(default_factory=list)
+    tokens_per_step: int
+    text: str | None
+    stages: list[StageReport] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Reads what `to_json` wrote."""
+        content = json.loads(text)
+        stages = [StageReport(**stage) for stage in content.pop("stages")]
+        return cls(**content, stages=stages)
+
+    def to_json(self) -> str:
+        """The content of training.json."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -188,29 +343,37 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(unfinished, path)
 
 
-def save(output: Path, model: ErnieForCausalLM, optimizers: Optimizers, report: Report) -> None:
+def save(output: Path, model: ErnieForConditionalGeneration, optimizers: Optimizers, report: Report) -> None:
     """Writes the model in bfloat16, the report, and all that a resumed run needs in one safetensors file."""
     model.save_pretrained(output, dtype="bfloat16", progress=False)
+    write_limits(output)
     tensors = {f"model.{name}": value.numpy() for name, value in model.named_parameters()}
     tensors |= {f"optimizer.{name}": value.numpy() for name, value in optimizers.state_dict().items()}
-    text = json.dumps(asdict(report), indent=1) + "\n"
+    text = report.to_json()
     replace_file(output / CHECKPOINT, lambda unfinished: save_file(tensors, unfinished, metadata={"report": text}))
     replace_file(output / REPORT, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
-def load_checkpoint(path: Path, model: ErnieForCausalLM, optimizers: Optimizers) -> Report:
-    """Puts a checkpoint's state into the model and the optimizer; returns the report so far."""
-    parameters, state = dict(model.named_parameters()), {}
+def write_limits(folder: Path) -> None:
+    """Tells the processor how large pictures are at most."""
+    text = json.dumps(LIMITS, indent=2) + "\n"
+    replace_file(folder / SETTINGS_FILE, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def load_model(path: Path, model: ErnieForConditionalGeneration) -> Report:
+    """Puts a checkpoint's parameters into the model; returns the report so far."""
+    parameters = dict(model.named_parameters())
     with safe_open(path, "np") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            owner, _, name = key.partition(".")
-            if owner == "model":
-                parameters[name].set_value(file.get_tensor(key))
-            else:
-                state[name] = paddle.to_tensor(file.get_tensor(key))
-        report = Report(**json.loads(file.metadata()["report"]))
-    optimizers.set_state_dict(state)
-    return report
+        for name, parameter in parameters.items():
+            parameter.set_value(file.get_tensor(f"model.{name}"))
+        return Report.from_json(file.metadata()["report"])
+
+
+def load_optimizers(path: Path, optimizers: Optimizers) -> None:
+    """Puts a checkpoint's momenta into the optimizers of the same stage."""
+    with safe_open(path, "np") as file:
+        names = [name for name in file.keys() if name.startswith("optimizer.")]  # noqa: SIM118 - not a dict
+        optimizers.set_state_dict({name[10:]: paddle.to_tensor(file.get_tensor(name)) for name in names})
 
 
 # ---------------------------------------------------------------------------------------------------------------- run
@@ -218,88 +381,160 @@ def load_checkpoint(path: Path, model: ErnieForCausalLM, optimizers: Optimizers)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of: the folder, its length, the seed, the batch, and the peaks of the learning rates.
+    """What a run is made of.
 
-    `steps` and `minutes`: whichever is used up first ends the run; parts before a resume are counted in.
-    `rows` rows of `length` tokens make the batch of one worker. `changes` are config keys that differ from `MODEL`.
+    Attributes:
+        output: the folder.
+        stages: in their order; `scale` stretches or shortens all of them.
+        text: a text checkpoint to begin with, instead of the stage "text".
+        tokens: of a batch of one worker, padding included.
+        changes: config keys that differ from `tiny_model.MODEL`.
     """
 
     output: Path
-    steps: int = 11000
-    minutes: float = math.inf
+    stages: tuple[Stage, ...] = STAGES
+    scale: float = 1.0
+    text: str | None = None
     seed: int = 0
     workers: int = 1
-    rows: int = 16
-    length: int = 128
-    rate: float = 1.5e-3
-    matrix_rate: float = 0.02
+    tokens: int = 1280
     save_minutes: float = 3.0
     resume: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
 
 
+def next_batch(
+    stage: Stage, processor: ErnieProcessor, settings: Settings, step: int, progress: float, rank: int
+) -> Batch | Named:
+    """What one worker computes in one step; all workers take the same mix."""
+    if not stage.mixes:
+        rng = random.Random(f"{settings.seed} {stage.name} {step} {rank}")
+        return draw_named(rng, settings.tokens // TOKENS_PER_NAME, processor, progress)
+    mix = random.Random(f"{settings.seed} {stage.name} {step}").choices(stage.mixes, [m.share for m in stage.mixes])[0]
+    rng = random.Random(f"{settings.seed} {stage.name} {step} {rank}")
+    rows, end = settings.tokens // mix.length, processor.tokenizer.eos_token_id
+    if stage.pairs:
+        return side_by_side(draw_pairs(rng, mix.shares, processor, stage.template, end), rows, mix.length)
+    if mix.shares:
+        return pack(draw_samples(rng, mix.shares, processor, stage.template, end), rows, mix.length)
+    return pack(draw_conversations(rng, processor.tokenizer.encode, end), rows, mix.length)
+
+
+def train_stage(
+    team: Team, settings: Settings, stage: Stage, model: ErnieForConditionalGeneration, report: Report, resume: bool
+) -> None:
+    """Trains one stage to its end; the last of `report.stages` is its own."""
+    processor = ErnieProcessor(ErnieTokenizer.from_pretrained(settings.output), model.config, **LIMITS)
+    freeze(model, [part for part in PARTS if part not in stage.parts])
+    unfreeze(model, stage.parts)
+    optimizers = Optimizers(model, stage.rate, stage.matrix_rate)
+    if resume:
+        load_optimizers(settings.output / CHECKPOINT, optimizers)
+    reference = None
+    if stage.pairs:
+        before = settings.output / "stages" / report.stages[-2].name
+        reference = ErnieForConditionalGeneration.from_pretrained(before, dtype="float32")
+    own, weights = report.stages[-1], router_weights(model)
+    layers = list(weights)
+    experts = model.ernie.layers[layers[0]].mlp.moe_statics.e_score_correction_bias.shape[-1]
+    steps = max(1, round(stage.steps * settings.scale))
+    tally = np.zeros((2, len(LESSONS)))
+    bar = tqdm(total=steps, initial=own.steps, desc=stage.name, unit="step", mininterval=1, disable=team.rank > 0)
+    saved, now = own.seconds, time.monotonic()
+    while own.steps < steps:
+        batch = next_batch(stage, processor, settings, own.steps, own.steps / steps, team.rank)
+        outcome = learn(model, reference, processor, batch)
+        router = router_losses(
+            outcome.routing, weights, model.config.moe_k, balance=BALANCE, orthogonality=ORTHOGONALITY, z=Z
+        )
+        (outcome.loss + router.total).backward()
+        counts = expert_counts(outcome.routing, layers, experts)
+        previous, now = now, time.monotonic()
+        own.seconds = average_over_team(team, model, counts, own.seconds + now - previous)
+        optimizers.step(schedule(own.steps, own.steps / steps))
+        update_biases(model, layers, counts, stage.parts)
+
+        for place, values in enumerate((outcome.right, np.ones(len(outcome.right)))):
+            np.add.at(tally[place], outcome.kinds, values)
+        own.tokens += 0 if isinstance(batch, Named) else batch.tokens * team.size
+        own.patches += (0 if batch.images is None else len(batch.images)) * team.size
+        if own.steps % 20 == 0:
+            note(own, float(outcome.loss), tally, expert_load(counts, layers), bar)
+            tally[:] = 0
+        own.steps += 1
+        bar.update()
+        if team.rank == 0 and own.seconds - saved > settings.save_minutes * 60:
+            save(settings.output, model, optimizers, report)
+            saved = own.seconds
+    bar.close()
+    if team.rank == 0:
+        save(settings.output, model, optimizers, report)
+        folder = settings.output / "stages" / stage.name
+        copy_tokenizer(settings.output, folder, stage.template)
+        write_limits(folder)
+        model.save_pretrained(folder, dtype="bfloat16", progress=False)
+    team.meet()  # the next stage may read what this one wrote
+
+
+def update_biases(
+    model: ErnieForConditionalGeneration, layers: list[int], counts: Tensor, trained: tuple[str, ...]
+) -> None:
+    """Moves the correction biases of the banks whose experts learn."""
+    for row, layer in enumerate(layers):
+        bias = model.ernie.layers[layer].mlp.moe_statics.e_score_correction_bias
+        before = bias.clone()
+        update_correction_bias(bias, counts[row], BIAS_RATE)
+        for bank, part in enumerate(("text", "vision_experts")):
+            if part not in trained:
+                bias[bank] = before[bank]
+
+
+def note(own: StageReport, loss: float, tally: np.ndarray, load: dict[str, Any], bar: tqdm) -> None:
+    """Adds a point to the curve, and shows it."""
+    by_kind = {
+        kind: round(right / count, 4) for kind, right, count in zip(LESSONS, *tally, strict=True) if count
+    }  # fmt: skip
+    right = round(tally[0].sum() / max(tally[1].sum(), 1), 4)
+    own.curve.append({"step": own.steps, "loss": round(loss, 4), "right": right, "right_by_kind": by_kind})
+    own.expert_load_at_end = load
+    own.expert_load_at_start = own.expert_load_at_start or load
+    rate = int(own.tokens / max(own.seconds, 1e-9))
+    bar.set_postfix({"loss": own.curve[-1]["loss"], "right": right, "tokens/s": rate}, refresh=False)
+
+
 def train(team: Team, settings: Settings) -> Report:
     """Trains and leaves a checkpoint folder with training.json at `settings.output`; one call per worker."""
     paddle.seed(settings.seed)
-    first = team.rank == 0
-    tokenizer = ErnieTokenizer.from_pretrained(settings.output)
-    vocabulary = math.ceil(len(tokenizer) / 64) * 64
-    config = ErnieConfig.from_dict({**MODEL, "vocab_size": vocabulary, **settings.changes})
-    model = ErnieForCausalLM(config)
-    model.train()
     if team.size > 1:
         set_num_threads(1)
-    shrink_residual_outputs(model)
-    routers = {index: layer.mlp for index, layer in enumerate(model.ernie.layers) if isinstance(layer.mlp, MoE)}
-    optimizers = Optimizers(model, settings.rate, settings.matrix_rate)
-    report = Report(settings.seed, team.size * settings.rows, settings.length)
+    model = make_model(ErnieTokenizer.from_pretrained(settings.output), **settings.changes)
+    model.train()
+    report = Report(settings.seed, team.size * settings.tokens, settings.text)
+    stages = [stage for stage in settings.stages if not (settings.text and stage.name == "text")]
     if settings.resume:
-        report = load_checkpoint(settings.output / CHECKPOINT, model, optimizers)
-
-    bar = tqdm(total=settings.steps, initial=report.steps, unit="step", mininterval=1.0, disable=not first)
-    saved, now = report.seconds, time.monotonic()
-    while (progress := max(report.steps / settings.steps, report.seconds / 60 / settings.minutes)) < 1:
-        rng = random.Random(f"{settings.seed} {report.steps} {team.rank}")
-        batch = pack(draw_conversations(rng, tokenizer.encode, config.eos_token_id), settings.rows, settings.length)
-        loss, right, routing = answer_loss(model, batch)
-        (loss + router_loss(routing, routers, config.moe_k)).backward()
-        counts = {step.layer: step.counts.astype("float32") for step in routing}
-        previous, now = now, time.monotonic()
-        clock = average_over_team(team, model, counts, report.seconds + now - previous)
-        optimizers.step(schedule(report.steps, progress))
-        for layer, count in counts.items():
-            update_correction_bias(routers[layer].moe_statics.e_score_correction_bias, count.unsqueeze(0), BIAS_RATE)
-
-        if report.steps % 20 == 0:
-            point = {"step": report.steps, "loss": round(float(loss), 4), "right": round(float(right), 4)}
-            report.curve.append(point)
-            report.expert_load_at_end = expert_load(counts)
-            report.expert_load_at_start = report.expert_load_at_start or report.expert_load_at_end
-            bar.set_postfix(point | {"tokens/s": int(report.tokens / max(report.seconds, 1e-9))}, refresh=False)
-        report.steps += 1
-        report.tokens += batch.tokens * team.size
-        report.seconds = clock
-        bar.update()
-        if first and report.seconds - saved > settings.save_minutes * 60:
-            save(settings.output, model, optimizers, report)
-            saved = report.seconds
-    bar.close()
-    if first:
-        save(settings.output, model, optimizers, report)
+        report = load_model(settings.output / CHECKPOINT, model)
+    elif settings.text:
+        take_text_weights(model, settings.text)
+    begun = len(report.stages)
+    for number, stage in enumerate(stages):
+        if number < begun - 1:
+            continue
+        if number >= begun:
+            report.stages.append(StageReport(stage.name))
+        with paddle.utils.unique_name.guard():  # the optimizer's state goes by names that Paddle counts up
+            train_stage(team, settings, stage, model, report, resume=number < begun)
     return report
 
 
 def parse_arguments() -> Settings:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Train a small ERNIE 4.5 mixture of experts.")
+    parser = argparse.ArgumentParser(description="Train a small ERNIE 4.5 vision-language model.")
     parser.add_argument("--output", type=Path, default=Path("build/tiny"), help="checkpoint folder (build/tiny)")
-    parser.add_argument("--steps", type=int, default=11000, help="optimizer steps (11000)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this much training time")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the questions (0)")
+    parser.add_argument("--text", help="begin with the weights of this text checkpoint, for example ernie45-tiny")
+    parser.add_argument("--scale", type=float, default=1.0, help="stretches or shortens all stages (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the lessons (0)")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the batch, one thread each (1)")
-    parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens in the batch of a worker (16)")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of AdamW (1.5e-3)")
-    parser.add_argument("--matrix-rate", type=float, default=0.02, help="peak learning rate of Muon (0.02)")
+    parser.add_argument("--tokens", type=int, default=1280, help="tokens in the batch of a worker (1280)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     return Settings(**vars(parser.parse_args()))
 
@@ -307,7 +542,7 @@ def parse_arguments() -> Settings:
 if __name__ == "__main__":
     settings = parse_arguments()
     if not settings.resume:
-        build_tokenizer(settings.output)
+        copy_tokenizer(settings.text, settings.output) if settings.text else build_tokenizer(settings.output)
     report = Team(settings.workers).run(train, settings)
-    print(f"{report.tokens:,} tokens in {report.seconds:.0f} s; busiest expert, times the mean load:")
-    print(f"  at the start {report.expert_load_at_start}, at the end {report.expert_load_at_end}")
+    for stage in report.stages:
+        print(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens, {stage.seconds:.0f} s")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ernie45 import cli
+from tests.helpers.text_part import write_text_folder
 from tests.helpers.vision import write_vision_folder
 
 SUM = "3+8=11, 2+5+1=8. 81\n"  # what the embedded model says to 23+58=?
@@ -36,7 +37,7 @@ def test_generate_reads_the_prompt_from_standard_input(
 
 
 def test_generate_raw_continues_the_text(capsys: pytest.CaptureFixture[str]) -> None:
-    raw = "<|begin_of_sentence|>User: 23+58=?\nAssistant: "
+    raw = "<|begin_of_sentence|>User: 23+58=?\nAssistant: <think>\n\n</think>\n\n"
     assert run(capsys, "generate", "--raw", "--prompt", raw)[1] == SUM
 
 
@@ -161,8 +162,9 @@ def test_chat_shows_pictures_with_questions(
     assert chat(f"What?\n/new\n/image {photo}\nWhat?\n")[-1:] == first[-1:]
 
 
-def test_a_text_model_sees_no_pictures(capsys: pytest.CaptureFixture[str], photo: str) -> None:
-    status, _, errors = run(capsys, "generate", "--prompt", "What?", "--image", photo)
+def test_a_text_model_sees_no_pictures(capsys: pytest.CaptureFixture[str], photo: str, tmp_path: Path) -> None:
+    folder = write_text_folder(tmp_path / "text")
+    status, _, errors = run(capsys, "generate", str(folder), "--prompt", "What?", "--image", photo)
     assert status == 1 and "is a text model and sees no pictures" in errors
 
 

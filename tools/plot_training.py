@@ -1,4 +1,4 @@
-"""Draws a run of examples/train_tiny.py: learning curve, expert load before and after, accuracy per task.
+"""Draws a run of examples/train_tiny.py: learning curves of all stages, expert load of both banks, accuracy per task.
 
     pip install matplotlib
     python tools/plot_training.py build/tiny docs/ernie45-tiny.png
@@ -19,29 +19,33 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def smooth(values: list[float], window: int = 15) -> list[float]:
+def smooth(values: list[float], window: int = 5) -> list[float]:
     """Mean of each value and the ones before it."""
     return [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
 
 
-def draw_curve(axes: Any, report: dict[str, Any]) -> None:
-    """Loss of the answers and the share of their tokens predicted rightly, over millions of tokens."""
-    tokens = [point["step"] / report["steps"] * report["tokens"] / 1e6 for point in report["curve"]]
-    axes.plot(tokens, smooth([point["loss"] for point in report["curve"]]), color="tab:red", label="loss")
-    axes.plot(tokens, smooth([point["right"] for point in report["curve"]]), color="tab:blue", label="tokens right")
-    axes.set(xlabel="million tokens", title="Learning", ylim=(0, 2))
+def draw_curves(axes: Any, stages: list[dict[str, Any]]) -> None:
+    """Loss of the answers and the share of their tokens that were right, over minutes; a line between two stages."""
+    begin = 0.0
+    for number, stage in enumerate(stages):
+        minutes = [begin + point["step"] / stage["steps"] * stage["seconds"] / 60 for point in stage["curve"]]
+        for key, colour in (("loss", "tab:red"), ("right", "tab:blue")):
+            values = smooth([point[key] for point in stage["curve"]])
+            axes.plot(minutes, values, color=colour, label=None if number else key)
+        axes.text(begin, 2.02, stage["name"], fontsize=8, rotation=40)
+        begin += stage["seconds"] / 60
+        axes.axvline(begin, color="grey", linewidth=0.8)
+    axes.set(xlabel="minutes on 2 cores", ylim=(0, 2), title="Learning\n\n\n")
     axes.legend()
 
 
-def draw_load(axes: Any, report: dict[str, Any]) -> None:
-    """How many times the mean load the busiest expert carries, per layer."""
-    layers = list(report["expert_load_at_start"])
-    for offset, key, label in ((-0.2, "expert_load_at_start", "first step"), (0.2, "expert_load_at_end", "last step")):
-        axes.bar([i + offset for i in range(len(layers))], [report[key][layer] for layer in layers], 0.4, label=label)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xticks=range(len(layers)), title="Busiest expert, times the mean load")
-    axes.set_xticklabels([f"layer {layer}" for layer in layers])
-    axes.legend()
+def draw_load(axes: Any, load: dict[str, dict[str, list[float]]]) -> Any:
+    """How many times the mean load each expert carries: a row for each bank and layer."""
+    rows = [(f"{bank} {layer}", values) for bank, layers in load.items() for layer, values in layers.items()]
+    picture = axes.imshow([values for _, values in rows], cmap="viridis", vmin=0, vmax=2, aspect="auto")
+    axes.set(xlabel="expert", title="Load, times the mean (last step)", yticks=range(len(rows)))
+    axes.set_yticklabels([name for name, _ in rows])
+    return picture
 
 
 def draw_accuracy(axes: Any, accuracy: dict[str, Any]) -> None:
@@ -60,9 +64,9 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="PNG to write")
     options = parser.parse_args()
     report = json.loads((options.run / "training.json").read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(1, 3 if "accuracy" in report else 2, figsize=(15, 4), layout="constrained")
-    draw_curve(axes[0], report)
-    draw_load(axes[1], report)
+    figure, axes = plt.subplots(1, 3 if "accuracy" in report else 2, figsize=(17, 6), layout="constrained")
+    draw_curves(axes[0], report["stages"])
+    figure.colorbar(draw_load(axes[1], report["stages"][-1]["expert_load_at_end"]), ax=axes[1])
     if "accuracy" in report:
         draw_accuracy(axes[2], report["accuracy"])
     figure.savefig(options.picture, dpi=110)

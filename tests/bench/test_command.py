@@ -11,6 +11,7 @@ import pytest
 from ernie45 import cli
 from ernie45.bench.contenders import Setting, own_contenders, peer_contenders
 from ernie45.errors import ErnieError
+from tests.helpers.text_part import write_text_folder
 from tests.helpers.vision import write_processor_folder, write_vision_folder
 
 QUICK = ["--rounds", "1", "--prompts", "16", "--context", "4", "--batch", "1", "--new", "2", "--threads", "1"]
@@ -120,13 +121,18 @@ def test_a_work_folder_belongs_to_one_model(tmp_path: Path, capsys: pytest.Captu
     [
         (["--peer-python", "python3"], "--peer-python: expected PEER=PATH"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--picture", "56x56"], "the model is a text model, which sees nothing"),
     ],
 )
 def test_bad_options_are_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(["bench", *QUICK, *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_text_model_sees_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_text_folder(tmp_path / "text")
+    assert cli.main(["bench", *QUICK, "--model", str(folder), "--picture", "56x56"]) == 1
+    assert "the model is a text model, which sees nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

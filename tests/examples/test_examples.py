@@ -12,10 +12,11 @@ from tests.helpers.examples import EXAMPLES, ROOT, run
 from tests.helpers.vision import write_vision_folder
 
 
-def test_demo_answers_three_questions_and_says_how_fast() -> None:
+def test_demo_answers_questions_about_text_and_pictures_and_says_how_fast() -> None:
     printed = run("demo.py")
     assert "User: 23+58=?\nAssistant: 3+8=11, 2+5+1=8. 81\n" in printed
-    assert printed.count("Assistant: ") == 3
+    assert "User: What do the digits add up to?\nAssistant: 7+3=10. 10\n" in printed
+    assert printed.count("Assistant: ") == 6
     assert "tokens/s" in printed
 
 
@@ -58,7 +59,15 @@ def test_quickstart_notebook() -> None:
     assert any("tokens per expert" in text for text in answered)
 
 
-# Pictures. The model is random, so only the way through is tested here, not what it says.
+# Pictures
+
+
+def test_the_small_model_reads_a_picture_and_a_clip() -> None:
+    assert run("describe_image.py", "examples/media/seven.png").startswith("7\n[")
+    assert "Assistant: 4, 9, 2. 9\n" in run("ask_video.py", "examples/media/clip.gif", "What came after 4?")
+
+
+# With a random model, so that only the way through is tested, not what it says.
 
 
 @pytest.fixture(scope="module")

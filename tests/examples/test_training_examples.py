@@ -36,8 +36,8 @@ def test_preferences_are_learned_by_adapters_and_hold_for_other_questions(tmp_pa
     assert (tmp_path / "adapters" / "lora_config.json").exists()
 
 
-@pytest.mark.parametrize("frozen", [(), ("vision", "adapter")])
-def test_a_random_model_learns_to_see_colours(frozen: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", [(), ("vision_experts",)])
+def test_a_model_that_reads_digits_learns_to_see_colours(frozen: tuple[str, ...], tmp_path: Path) -> None:
     output = tmp_path / "discs"
     printed = run("vl_sft.py", "--output", str(output), *(["--freeze", *frozen] if frozen else []))
     losses = losses_of(printed)

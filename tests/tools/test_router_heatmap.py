@@ -13,7 +13,7 @@ from PIL import Image
 from ernie45.checkpoint.writer import write_json_atomic
 from ernie45.models.moe import Routing
 from ernie45.models.vision_language import ErnieForConditionalGeneration
-from tests.helpers.tiny import DENSE, tiny_config
+from tests.helpers.tiny import DENSE, MOE, tiny_config
 from tests.helpers.vision import vision_config, write_vision_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -141,7 +141,10 @@ def test_a_vision_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "photo.jpg"], "ernie45-tiny: a text model, which sees no pictures; leave --image and --video out"),
+        (
+            ["--model", "text", "--image", "photo.jpg"],
+            "text: a text model, which sees no pictures; leave --image and --video out",
+        ),
         (
             ["--output", "nowhere/router.png"],
             "--output nowhere/router.png: there is no folder nowhere; create it first",
@@ -155,8 +158,9 @@ def test_bad_arguments_get_one_clear_error(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "dense").mkdir()
-    write_json_atomic(tmp_path / "dense" / "config.json", tiny_config(DENSE).to_dict())
+    for name, kind in (("dense", DENSE), ("text", MOE)):
+        (tmp_path / name).mkdir()
+        write_json_atomic(tmp_path / name / "config.json", tiny_config(kind).to_dict())
     assert main(["--prompt", "Hi", *arguments]) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
 

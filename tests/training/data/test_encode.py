@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie45 import ErnieTokenizer
 from ernie45.chat import PLAIN_TEMPLATE, THINKING_TEMPLATE, VISION_TEMPLATE
 from ernie45.errors import ErnieError
 from ernie45.losses import IGNORED_LABEL
 from ernie45.processing.positions import position_ids, token_types
 from ernie45.processing.processor import ErnieProcessor
 from ernie45.training.data import Conversation, Encoder, Example, Text, parse
+from tests.helpers.text_part import text_tokenizer
 from tests.helpers.vision import write_processor_folder
 
-TOKENIZER = ErnieTokenizer.from_pretrained("ernie45-tiny")
+TOKENIZER = text_tokenizer()
 
 
 def chat(*contents: str, **fields: Any) -> Any:

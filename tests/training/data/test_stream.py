@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie45 import ErnieTokenizer
 from ernie45.errors import ErnieError
 from ernie45.training.data import Batch, DataStream, Encoder, Source
+from tests.helpers.text_part import text_tokenizer
 
-TOKENIZER = ErnieTokenizer.from_pretrained("ernie45-tiny")
+TOKENIZER = text_tokenizer()
 SAMPLES = 40
 
 
