@@ -1,4 +1,4 @@
-"""The command, on the embedded model, and what it says when something is missing."""
+"""The command, on small models, and what it says when something is missing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ QUICK = ["--rounds", "1", "--prompts", "16", "--context", "4", "--batch", "1", "
 @pytest.mark.slow
 def test_a_run_prints_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ["bench", *QUICK, "--variant", "float32", "--output", str(tmp_path / "docs")]
+    model = write_text_folder(tmp_path / "small")
+    arguments = ["bench", *QUICK, "--model", str(model), "--variant", "float32", "--output", str(tmp_path / "docs")]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     written = (tmp_path / "docs" / "cpu.md").read_text(encoding="utf-8")
     assert written.startswith(printed)
-    assert "ernie45-tiny, 1 thread of " in printed
+    assert "small, 1 thread of " in printed
     row = next(line for line in printed.splitlines() if line.startswith("| ernie45 float32 |"))
     share_of_prefill, share_of_decode = (float(row.split(" | ")[column]) for column in (2, 5))
     assert 0 < share_of_prefill < 1.5 and 0 < share_of_decode < 1.5
