@@ -154,7 +154,11 @@ def _run(nvcc: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def sources_key(sources: Path = build.SOURCES) -> str:
     """Names the sources, our flags, and the versions of Paddle and Python: what a packaged library has to agree in."""
     flags = [*KERNEL_FLAGS, *BINDING_FLAGS, *LINK_FLAGS, *ARCHITECTURES, INTERMEDIATE]
-    files = [*_sources(sources / "cuda", "*.cu", "*.cuh", "*.h"), *_sources(sources / "cuda_bindings", "*.cpp", "*.h")]
+    files = [
+        *_sources(sources / "cuda", "*.cu", "*.cuh", "*.h"),
+        *_sources(sources / "cuda_bindings", "*.cpp", "*.h"),
+        *_sources(sources / "bindings", "shapes.h"),
+    ]
     return make.key_of([*build.runtime_versions(), *flags], sources, files)
 
 

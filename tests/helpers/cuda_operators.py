@@ -63,6 +63,6 @@ def _recipe(compiler: toolchain.Compiler, kernels: list[Path]) -> make.Recipe:
 
 
 def _key(compiler: toolchain.Compiler) -> str:
-    files = make.files_in(build.SOURCES / "cuda_bindings", "*.cpp", "*.h")
+    files = [*make.files_in(build.SOURCES / "cuda_bindings", "*.cpp", "*.h"), build.SOURCES / "bindings" / "shapes.h"]
     versions = [*build.runtime_versions(), paddle.__file__, compiler.version, *FLAGS]
     return make.key_of(versions, build.SOURCES, files)

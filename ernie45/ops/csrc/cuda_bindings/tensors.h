@@ -1,29 +1,19 @@
 // What the operators on the GPU ask of their tensors: the checks, memory for results, and the call of a kernel.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 // Not paddle/extension.h, which wants the headers of cuDNN and nine other libraries as well.
 #include "paddle/phi/api/all.h"
 
+#include "../bindings/shapes.h"
 #include "../cuda/types.h"
 
 namespace ernie {
 
-using Shape = std::vector<int64_t>;
 using Shapes = std::vector<Shape>;
 using DataTypes = std::vector<paddle::DataType>;
-
-constexpr int64_t kAny = -1;
-
-inline std::string text(const Shape& shape) {
-  std::string joined;
-  for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
-  return "[" + joined + "]";
-}
 
 #if defined(PADDLE_WITH_CUDA)
 inline bool on_device(const paddle::Tensor& tensor) { return tensor.is_gpu(); }
@@ -43,9 +33,7 @@ inline paddle::Tensor checked(const char* op, const char* argument, const paddle
   PD_CHECK(tensor.dtype() == dtype, op, ": ", argument, " is ", phi::DataTypeToString(tensor.dtype()), ", expected ",
            phi::DataTypeToString(dtype));
   const Shape found = tensor.shape();
-  const bool fits = std::equal(found.begin(), found.end(), expected.begin(), expected.end(),
-                               [](int64_t size, int64_t wanted) { return wanted == kAny || size == wanted; });
-  PD_CHECK(fits, op, ": ", argument, " has shape ", text(found), ", expected ", text(expected));
+  PD_CHECK(fits(found, expected), op, ": ", argument, " has shape ", text(found), ", expected ", text(expected));
   return tensor.is_contiguous() ? tensor : tensor.contiguous();
 }
 
@@ -68,24 +56,6 @@ inline int tag(const char* op, const char* argument, paddle::DataType dtype) {
 // The same for what is only moved: codes of 8 bits, too.
 inline int tag_of_moved(const char* op, const char* argument, paddle::DataType dtype) {
   return dtype == paddle::DataType::FLOAT8_E4M3FN ? kErnieFloat8E4M3 : tag(op, argument, dtype);
-}
-
-// Elements of one row and number of rows of x [..., width], also where one of them is 0.
-inline int64_t width_of(const Shape& shape) { return shape.empty() ? 1 : shape.back(); }
-inline int64_t rows_of(const Shape& shape) {
-  int64_t rows = 1;
-  for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
-  return rows;
-}
-
-// The same leading axes with another last one, or without.
-inline Shape with_width(Shape shape, int64_t width) {
-  if (!shape.empty()) shape.back() = width;
-  return shape;
-}
-inline Shape without_width(Shape shape) {
-  if (!shape.empty()) shape.pop_back();
-  return shape;
 }
 
 // Half of a size, which is not known before a program runs if it is negative.
