@@ -11,8 +11,6 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie45.checkpoint.convert import convert_checkpoint
-from ernie45.checkpoint.hub import resolve_folder
 from ernie45.models.causal_lm import ErnieForCausalLM
 from ernie45.ops import custom
 from tests.helpers.tiny import DENSE, tiny_config, tiny_model
@@ -52,12 +50,12 @@ def ours(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def published(name: str, folder: Path) -> Path:
-    """A checkpoint in bfloat16 and in the -PT layout."""
+    """A text checkpoint in bfloat16 and in the -PT layout."""
     if name == "ernie45-tiny":
-        convert_checkpoint(resolve_folder(name), folder, layout="pt", progress=False)
+        model = ErnieForCausalLM.from_pretrained(name, progress=False)
     else:
         model = tiny_model(tiny_config(PART_OF_THE_SMALLEST))
-        model.save_pretrained(folder, layout="pt", dtype="bfloat16", progress=False)
+    model.save_pretrained(folder, layout="pt", dtype="bfloat16", progress=False)
     return folder
 
 

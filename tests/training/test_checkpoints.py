@@ -154,7 +154,7 @@ def test_the_model_is_a_published_checkpoint(tmp_path, dtype):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_with_the_same_losses(tmp_path):
     """SIGKILL at 20 random moments; what is left is whole, and the losses are those of a run in one piece."""
-    steps, kills, chance = 150, 20, random.Random(0)
+    steps, kills, chance = 250, 20, random.Random(0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.training"])
 
