@@ -48,13 +48,18 @@ def model() -> ErnieForConditionalGeneration:
     return ErnieForConditionalGeneration.from_pretrained("ernie45-tiny")
 
 
+def messages_of(*parts: Any) -> list[dict[str, Any]]:
+    """A question of texts, pictures and clips."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
 @pytest.fixture
 def answer(model: ErnieForConditionalGeneration, processor: ErnieProcessor) -> Callable[..., str]:
     """Asks about anything that may stand in a message; returns the whole reply, special tokens included."""
 
     def ask(*parts: Any, **options: Any) -> str:
-        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-        inputs = processor([{"role": "user", "content": content}], **options)
+        inputs = processor(messages_of(*parts), **options)
         ids, _ = model.generate(**inputs, tokenizer=processor.tokenizer, max_new_tokens=80)
         return processor.decode(ids[0].tolist()).removesuffix("</s>")
 
@@ -135,9 +140,8 @@ def test_it_calls_a_calculator(answer: Callable[..., str]) -> None:
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "wint4"}])
 def test_narrow_weights_answer_too(options: dict[str, str], processor: ErnieProcessor) -> None:
     model = ErnieForConditionalGeneration.from_pretrained("ernie45-tiny", **options)
-    for parts, expected in (([{"type": "text", "text": "23+58=?"}], "81"), ([SEVEN, "Which digit is this?"], "7")):
-        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-        reply = "".join(model.stream([{"role": "user", "content": content}], processor=processor))
+    for parts, expected in ((("23+58=?",), "81"), ((SEVEN, "Which digit is this?"), "7")):
+        reply = "".join(model.stream(messages_of(*parts), processor=processor))
         assert reply.endswith(expected)
 
 
