@@ -78,6 +78,14 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+// 1 / (1 + exp(-x)) for an x that was read as a T. The approximate exponential errs by |x| + 2 units of float32's last
+// place, far below what float16 and bfloat16 show; with the exact one, arithmetic would bound them and not memory.
+template <typename T>
+__device__ __forceinline__ float sigmoid(float x) {
+  const float power = std::is_same_v<T, float> ? expf(-x) : __expf(-x);
+  return __fdividef(1.0f, 1.0f + power);
+}
+
 // Wide loads and stores
 
 // kCount elements that are loaded and stored at once; of 16 bytes, one instruction.

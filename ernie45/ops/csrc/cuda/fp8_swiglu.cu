@@ -8,14 +8,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
-// 1 / (1 + exp(-x)). For bfloat16 the approximate exponential, which errs by |x| + 2 units of float32's last place:
-// with the exact one, arithmetic would bound the kernels and not memory.
-template <typename T>
-__device__ __forceinline__ float sigmoid(float x) {
-  const float power = std::is_same_v<T, float> ? expf(-x) : __expf(-x);
-  return __fdividef(1.0f, 1.0f + power);
-}
-
 // Vectors of gate and of up that a thread has in flight: all are loaded before the first is used.
 constexpr int kHeldBlocks = 2;
 

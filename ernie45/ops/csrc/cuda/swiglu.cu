@@ -14,14 +14,6 @@ constexpr int kBlocks = 6;
 // Vectors of gate and of up that a thread has in flight: all are loaded before the first is used.
 constexpr int kHeld = 2;
 
-// 1 / (1 + exp(-x)). The approximate exponential errs by |x| + 2 units of float32's last place, far below what float16
-// and bfloat16 show; with the exact one, arithmetic would bound these types and not memory.
-template <typename T>
-__device__ __forceinline__ float sigmoid(float x) {
-  const float power = std::is_same_v<T, float> ? expf(-x) : __expf(-x);
-  return __fdividef(1.0f, 1.0f + power);
-}
-
 // The vectors of all rows together, less than 2^31, are cut into tiles of kThreads * kHeld; `vectors` are in a row.
 template <typename T, int kCount, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kBlocks)
