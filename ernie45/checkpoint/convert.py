@@ -43,6 +43,7 @@ from ernie45.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorPlan, write_che
 from ernie45.config import ALIASES, PADDLE_DEFAULTS, PT_DEFAULTS, ErnieConfig
 from ernie45.errors import CheckpointError
 from ernie45.ops.packed import BFLOAT16, PackedWeight
+from ernie45.ops.weight_only import WeightOnly
 from ernie45.quantization.weights import Quantised, dequantize
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ def save_model(
         if kind is None:
             target, values = _storage_dtype(spec, dtype), partial(_held_values, weight)
             plans += [plan_part(spec, part, target, values) for part in spec.stored(layout)]
+        elif not isinstance(weight, PackedWeight | WeightOnly):
+            raise CheckpointError(
+                f"save_pretrained: {spec.name} is held in {model.dtype} on this device; give a dtype= to write what "
+                "the weights stand for, or use `ernie45 quantize`"
+            )
         else:
             codes, scales = quantised_tensors(spec, kind)
             plans.append(TensorPlan(codes.name, codes.dtype, codes.shape, weight.codes))
@@ -92,9 +98,9 @@ def save_model(
     write_json_atomic(folder / "generation_config.json", model.generation_config.to_dict())
 
 
-def _held_values(weight: Tensor | PackedWeight) -> tuple[np.ndarray, str]:
+def _held_values(weight: Tensor | PackedWeight | WeightOnly) -> tuple[np.ndarray, str]:
     """The values of a weight in memory, and their dtype."""
-    if not isinstance(weight, PackedWeight):
+    if not isinstance(weight, PackedWeight | WeightOnly):
         return to_numpy(weight)
     if weight.kind == BFLOAT16:
         return weight.codes(), "BF16"

@@ -1,7 +1,8 @@
 """From a checked checkpoint into the weights of a model, one tensor at a time.
 
-A weight in memory is a parameter or packed for the CPU kernels, and one in the file is a float tensor or codes with
-scales; this module knows the ways from each to each, so that memory never holds more than the model and one tensor.
+A weight in memory is a parameter, packed for the CPU kernels or of few bits for those of a GPU, and one in the file
+is a float tensor or codes with scales; this module knows the ways from each to each, so that memory never holds more
+than the model and one tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ernie45.checkpoint.names import quantised_kind
 from ernie45.checkpoint.reader import CHUNK_BYTES, ParameterStorage, QuantisedSource, Source, copy_part, read_quantised
 from ernie45.errors import CheckpointError, ErnieError
 from ernie45.ops.packed import PackedWeight
+from ernie45.ops.weight_only import WeightOnly
 from ernie45.quantization.config import QuantizationConfig
 from ernie45.quantization.weights import Quantised, dequantize, quantize
 
@@ -26,7 +28,7 @@ from ernie45.quantization.weights import Quantised, dequantize, quantize
 def load(
     folder: CheckpointFolder,
     sources: Sequence[Source | QuantisedSource],
-    weights: Mapping[str, Tensor | PackedWeight],
+    weights: Mapping[str, Tensor | PackedWeight | WeightOnly],
     quantization: QuantizationConfig | None,
     progress: bool,
 ) -> None:
@@ -66,8 +68,8 @@ def _kind(source: Source | QuantisedSource, quantization: QuantizationConfig | N
     return None if quantization is None else quantised_kind(source.spec, quantization)
 
 
-def _fill(folder: CheckpointFolder, source: Source, weight: Tensor | PackedWeight) -> None:
-    if not isinstance(weight, PackedWeight):
+def _fill(folder: CheckpointFolder, source: Source, weight: Tensor | PackedWeight | WeightOnly) -> None:
+    if isinstance(weight, Tensor):
         with ParameterStorage(weight) as storage:
             for part in source.parts:
                 copy_part(folder, part, storage.array, storage.dtype)
@@ -78,10 +80,13 @@ def _fill(folder: CheckpointFolder, source: Source, weight: Tensor | PackedWeigh
 
 
 def _fill_quantised(
-    folder: CheckpointFolder, source: Source | QuantisedSource, kind: str, weight: Tensor | PackedWeight
+    folder: CheckpointFolder,
+    source: Source | QuantisedSource,
+    kind: str,
+    weight: Tensor | PackedWeight | WeightOnly,
 ) -> None:
     pieces = _read_pieces(folder, source) if isinstance(source, QuantisedSource) else _quantise(folder, source, kind)
-    if not isinstance(weight, PackedWeight):
+    if isinstance(weight, Tensor):
         with ParameterStorage(weight) as storage:
             for first, piece in pieces:
                 values = dequantize(piece)

@@ -22,6 +22,7 @@ from ernie45.models.layers import Linear
 from ernie45.models.moe import ExpertBank
 from ernie45.models.pretrained import PretrainedModel
 from ernie45.ops.packed import PackedWeight
+from ernie45.ops.weight_only import WeightOnly, WeightOnlyStack
 
 STACKS = ("up_gate_proj", "down_proj")
 A, B = "lora_A", "lora_B"
@@ -149,6 +150,8 @@ def attach(model: PretrainedModel, config: LoraConfig) -> list[str]:
     chosen = [place for place in candidates(model) if _is_chosen(place, config)]
     if not chosen:
         raise ErnieError(f"lora: no module of the model matches one of the targets {list(config.targets)}")
+    if any(isinstance(place.weight, WeightOnly | WeightOnlyStack) for place in chosen):
+        raise ErnieError("lora: on a GPU, weights of 8 and 4 bits are for inference; load the model with pack=False")
     trainable = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
     for parameter in trainable:
         parameter.stop_gradient = True

@@ -54,8 +54,8 @@ class DecoderLayer(nn.Layer):
         routing: list[Routing] | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden_size] -> the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        normed = self.post_attention_layernorm(x)
+        mixed = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        normed, x = self.post_attention_layernorm.add(mixed, x)
         return x + (self.mlp(normed, banks, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
 
@@ -229,7 +229,8 @@ class Decoder(nn.Layer):
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [batch, sequence, 1, head_dim / 2] float32 for position_ids [batch, sequence] or [..., 3]."""
-        positions = position_ids.astype("float32") / self.config.compression_ratio
+        ratio = self.config.compression_ratio
+        positions = position_ids if ratio == 1 else position_ids.astype("float32") / ratio
         return ops.rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.time_pairs)
 
     def forward_next_n(self, input_ids: Tensor) -> list[Tensor]:

@@ -70,6 +70,10 @@ class RMSNorm(nn.Layer):
         """x [..., hidden_size] -> the same shape and dtype."""
         return ops.rms_norm(x, self.weight, self.epsilon)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum, both like x [..., hidden_size], in one pass over memory."""
+        return ops.rms_norm(x, self.weight, self.epsilon, residual)
+
 
 class Attention(nn.Layer):
     """Grouped-query attention with rotary positions and one fused Q|K|V projection."""

@@ -18,6 +18,7 @@ from ernie45.checkpoint.names import router_weight_name
 from ernie45.config import BankConfig, ErnieConfig
 from ernie45.models.layers import MLP, ZEROS
 from ernie45.ops.packed import PackedWeight
+from ernie45.ops.weight_only import WeightOnly, WeightOnlyStack
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,18 @@ _STACKED = re.compile(r"^(.*\.mlp\.experts\.)(\d+)\.(up_gate_proj|down_proj)(?:_
 
 
 def published_tensors(
-    name: str, weight: Tensor | PackedWeight, banks: tuple[BankConfig, ...]
-) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    name: str, weight: Tensor | PackedWeight | WeightOnly | WeightOnlyStack, banks: tuple[BankConfig, ...]
+) -> Iterator[tuple[str, Tensor | PackedWeight | WeightOnly]]:
     """Presents one weight under its published names: stacked experts one by one, as views; all else as it is.
 
     So is what stands beside them in a bank: matrix 3 of `up_gate_proj_x` is `experts.3.up_gate_proj.x`.
     """
     match = _STACKED.match(name)
-    if match is None:
+    if match is None or isinstance(weight, WeightOnly):  # of which a stack is another class
         yield name, weight
         return
     prefix, bank, projection, what = match[1], int(match[2]), match[3], match[4] or "weight"
     first = sum(b.num_experts for b in banks[:bank])
     for expert in range(weight.shape[0]):
-        view = weight[expert] if isinstance(weight, PackedWeight) else weight.detach()[expert]
+        view = weight.detach()[expert] if isinstance(weight, Tensor) else weight[expert]
         yield f"{prefix}{first + expert}.{projection}.{what}", view

@@ -1,12 +1,14 @@
-"""Weights packed for inference on a CPU, applied to a model from outside.
+"""Weights in a form for inference only, applied to a model from outside: packed on a CPU, of 8 or 4 bits on a GPU.
 
-A layer whose `weight` is a `PackedWeight` instead of a parameter works as before, because `ops.linear` and
-`ops.embedding` take both. It hides which parameters are packed, and how the fused stack is put together from them.
+A layer whose `weight` is a `PackedWeight` or a `WeightOnly` instead of a parameter works as before, because
+`ops.linear` and `ops.embedding` take both. It hides which parameters these replace, and how the fused stack of a CPU is
+put together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import paddle
 from paddle import Tensor, nn
@@ -24,6 +26,7 @@ from ernie45.models.vision import VisionTransformer
 from ernie45.ops import AdaptedWeight, custom
 from ernie45.ops.decoder import PackedBank, PackedLayer, PackedStack, supports
 from ernie45.ops.packed import BFLOAT16, WINT8, PackedMemory, PackedWeight, aligned, packed_bytes
+from ernie45.ops.weight_only import WeightOnly, WeightOnlyStack, takes
 from ernie45.quantization.config import NOT_QUANTISED, QuantizationConfig
 
 # Tokens that go through the layers at once: enough to be bound by arithmetic, few enough to stay in the caches.
@@ -37,34 +40,81 @@ def pack(model: nn.Layer, quantization: QuantizationConfig | None) -> None:
         model: in bfloat16, made under `paddle.LazyGuard`.
         quantization: the kind of each weight; None: bfloat16. Vision tower and adapter are bfloat16 in any case.
     """
+    chosen = _take_out(model, [matrix for matrix in _matrices(model, quantization) if matrix.dtype == BFLOAT16])
+    memory = PackedMemory(sum(aligned(packed_bytes(m.kind, m.shape, outputs_first=m.outputs_first)) for m in chosen))
+    for matrix in chosen:
+        zeros = PackedWeight.zeros(matrix.kind, matrix.shape, outputs_first=matrix.outputs_first, memory=memory)
+        setattr(matrix.layer, matrix.name, zeros)
+
+
+def hold_in_few_bits(model: nn.Layer, quantization: QuantizationConfig) -> None:
+    """Replaces matrices of a model, made without memory, by empty weights of 8 or 4 bits, and gives the rest memory.
+
+    Embedding, head, and what has sizes that the kernels of a GPU do not take, stay parameters.
+
+    Args:
+        model: in bfloat16 or float16, made under `paddle.LazyGuard`.
+        quantization: the kind of each weight.
+    """
+    matrices = [matrix for matrix in _matrices(model, quantization) if matrix.kind != BFLOAT16]
+    for matrix in _take_out(model, [m for m in matrices if not m.is_vocabulary and takes(m.shape)]):
+        make = WeightOnly if len(matrix.shape) == 2 else WeightOnlyStack
+        setattr(matrix.layer, matrix.name, make(matrix.kind, matrix.shape, matrix.dtype))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter with rows and columns, or a stack of them, other than a router.
+
+    Attributes:
+        layer, name: where it is.
+        kind: in which it is to be held.
+        shape, dtype: of the parameter.
+        is_vocabulary: it is the embedding or the head.
+        outputs_first: it is [out, in].
+    """
+
+    layer: nn.Layer
+    name: str
+    kind: str
+    shape: list[int]
+    dtype: str
+    is_vocabulary: bool
+    outputs_first: bool
+
+
+def _matrices(model: nn.Layer, quantization: QuantizationConfig | None) -> Iterator[_Matrix]:
     vision = [part for part in model.sublayers() if isinstance(part, VisionTransformer | Adapter)]
     never_quantised = {id(layer) for part in vision for layer in part.sublayers(include_self=True)}
-    chosen = []
     for layer in model.sublayers(include_self=True):
-        for name, parameter in list(layer._parameters.items()):
-            if parameter.ndim > 1 and parameter.dtype == paddle.bfloat16:
-                kinds = None if id(layer) in never_quantised else quantization
-                kind = _kind(layer, layer is getattr(model, "head", None), kinds)
-                del layer._parameters[name]
-                chosen.append((layer, name, kind, list(parameter.shape), isinstance(layer, Embedding)))
-            else:
-                parameter.initialize()
-                parameter.stop_gradient = True
-    memory = PackedMemory(sum(aligned(packed_bytes(k, shape, outputs_first=o)) for _, _, k, shape, o in chosen))
-    for layer, name, kind, shape, outputs_first in chosen:
-        setattr(layer, name, PackedWeight.zeros(kind, shape, outputs_first=outputs_first, memory=memory))
+        for name, parameter in layer._parameters.items():
+            if parameter.ndim > 1 and parameter.dtype != paddle.float32:
+                is_head, is_embedding = layer is getattr(model, "head", None), isinstance(layer, Embedding)
+                kind = _kind(layer, is_head, None if id(layer) in never_quantised else quantization)
+                dtype = str(parameter.dtype).removeprefix("paddle.")
+                yield _Matrix(layer, name, kind, list(parameter.shape), dtype, is_head or is_embedding, is_embedding)
 
 
-def packed_weights(model: nn.Layer) -> Iterator[tuple[str, PackedWeight]]:
-    """Every packed weight with the name that its parameter would have."""
+def _take_out(model: nn.Layer, chosen: list[_Matrix]) -> list[_Matrix]:
+    """Takes the chosen parameters out of the model; all others get memory, and no gradient."""
+    for matrix in chosen:
+        del matrix.layer._parameters[matrix.name]
+    for parameter in model.parameters():
+        parameter.initialize()
+        parameter.stop_gradient = True
+    return chosen
+
+
+def packed_weights(model: nn.Layer) -> Iterator[tuple[str, PackedWeight | WeightOnly | WeightOnlyStack]]:
+    """Every weight for inference only, with the name that its parameter would have."""
     for prefix, layer in model.named_sublayers(include_self=True):
         for name, value in vars(layer).items():
             value = value.base if isinstance(value, AdaptedWeight) else value
-            if isinstance(value, PackedWeight):
+            if isinstance(value, PackedWeight | WeightOnly | WeightOnlyStack):
                 yield (f"{prefix}.{name}" if prefix else name), value
 
 
-def unpacked(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+def unpacked(name: str, weight: PackedWeight | WeightOnly) -> dict[str, Tensor]:
     """A packed weight in its published form: the bfloat16 tensor, or codes and scales under the quantised names."""
     codes = paddle.to_tensor(weight.codes())
     if weight.kind == BFLOAT16:
@@ -129,7 +179,12 @@ class FusedDecoder:
 
 
 def fuse(model: nn.Layer) -> None:
-    """Lets the decoder of a packed model, and the vision tower if it has one, run as one operator where that can."""
+    """Lets the decoder of a packed model, and the vision tower if it has one, run as one operator where that can.
+
+    Nothing else than packed weights goes with these operators: a model with weights of few bits stays as it is.
+    """
+    if not isinstance(model.ernie.embed_tokens.weight, PackedWeight):
+        return
     if supports(model.ernie.config):
         model.ernie.fused = FusedDecoder(model.ernie)
     tower = getattr(model, "vision_model", None)

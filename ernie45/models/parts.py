@@ -77,7 +77,7 @@ def _set_frozen(model: PretrainedModel, names: str | Iterable[str], frozen: bool
             owned = ", ".join(part for part in PARTS if available[part])
             raise ErnieError(f"parts: this {type(model).__name__} has no part {name!r}; it has {owned}")
     if chosen and model.is_packed:
-        raise ErnieError('parts: the weights are packed for inference on a CPU; load the model with dtype="float32"')
+        raise ErnieError('parts: the weights are packed for inference; load the model with dtype="float32"')
     biases = {id(bias) for layer in model.sublayers() if isinstance(layer, MoEStatics) for bias in layer.parameters()}
     trained = [parameter for name in chosen for parameter in available[name] if id(parameter) not in biases]
     for parameter in trained:

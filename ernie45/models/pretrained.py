@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,11 +34,12 @@ from ernie45.generation.streaming import stream
 from ernie45.models.decoder import Decoder
 from ernie45.models.layers import Linear
 from ernie45.models.moe import published_tensors
-from ernie45.models.packing import fuse, pack, packed_weights, unpacked
+from ernie45.models.packing import fuse, hold_in_few_bits, pack, packed_weights, unpacked
 from ernie45.models.parts import freeze as freeze_parts
-from ernie45.ops import custom
-from ernie45.ops.packed import BFLOAT16, PackedWeight
-from ernie45.quantization.config import QuantizationConfig
+from ernie45.ops import custom, weight_only
+from ernie45.ops.packed import PackedWeight
+from ernie45.ops.weight_only import WeightOnly
+from ernie45.quantization.config import NOT_QUANTISED, QuantizationConfig
 from ernie45.runtime import prepare_cpu
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -99,19 +101,24 @@ class PretrainedModel(nn.Layer):
 
     @classmethod
     def packed(cls: type[Model], config: ErnieConfig, mtp: bool = False) -> Model:
-        """A model for inference on a CPU whose matrices are packed, in bfloat16 or as config.quantization_config says.
+        """A model in config.dtype for inference only: see `models.packing`.
 
-        They are zeros, to be filled in through `weights()`; then call `models.packing.fuse` on it.
+        On a CPU its matrices are packed, in bfloat16 or as config.quantization_config says; on a GPU those that this
+        quantises have 8 or 4 bits. They are to be filled in through `weights()`; then call `models.packing.fuse` on it.
         """
         with paddle.LazyGuard():
-            model = cls(config, BFLOAT16, mtp, initialize=False)
-        pack(model, config.quantization_config)
+            model = cls(config, config.dtype, mtp, initialize=False)
+        if _on_cpu():
+            pack(model, config.quantization_config)
+        else:
+            assert config.quantization_config is not None, "nothing is packed on a GPU"
+            hold_in_few_bits(model, config.quantization_config)
         return model
 
     @property
     def is_packed(self) -> bool:
-        """Whether the matrices are packed for inference on a CPU, and are no parameters."""
-        return isinstance(self.ernie.embed_tokens.weight, PackedWeight)
+        """Whether matrices are packed for inference, and are no parameters."""
+        return next(packed_weights(self), None) is not None
 
     def train(self) -> None:
         """Switches to training.
@@ -121,7 +128,7 @@ class PretrainedModel(nn.Layer):
         """
         if self.is_packed and all(parameter.stop_gradient for parameter in self.parameters()):
             raise ErnieError(
-                'train: the weights are packed for inference on a CPU; load the model with dtype="float32", or apply '
+                'train: the weights are packed for inference; load the model with dtype="float32", or on a CPU apply '
                 "LoRA (ernie45.lora), whose adapters can be trained beside them"
             )
         super().train()
@@ -130,7 +137,7 @@ class PretrainedModel(nn.Layer):
         """What a checkpoint of this model consists of."""
         return checkpoint_tensors(self.config)
 
-    def weights(self) -> dict[str, Tensor | PackedWeight]:
+    def weights(self) -> dict[str, Tensor | PackedWeight | WeightOnly]:
         """Every weight by its published -Paddle name, as it is held: a parameter, a view of one, or packed."""
         return dict(self.published({**super().state_dict(), **dict(packed_weights(self))}))
 
@@ -211,13 +218,15 @@ class PretrainedModel(nn.Layer):
                 operators cannot be built, the default on a CPU is "float32".
             quantization: "wint8" or "wint4" quantises the weights while they are read, embedding and head to 8 bits
                 in either case, vision tower and adapter not at all. A checkpoint that is quantised already needs no
-                word.
+                word. On a GPU embedding and head stay in `dtype`, and in "float32" so does everything.
             revision: branch, tag or commit on the hub.
             cache_dir: where downloads are kept.
             mtp: also load the multi-token-prediction blocks, if the checkpoint has them.
             freeze: parts that are not to be trained, of "vision", "adapter", "vision_experts" and "text": see
                 `ernie45.models.parts`.
-            pack: on a CPU, pack bfloat16 weights; False leaves them parameters, which can be trained.
+            pack: hold weights in the form that is fastest for inference: on a CPU bfloat16 ones packed, on a GPU
+                quantised ones in their 8 or 4 bits. False leaves them parameters, which can be trained; quantised ones
+                are packed on a CPU in any case.
             progress: show a progress bar when loading takes longer than a second.
 
         Raises:
@@ -234,7 +243,7 @@ class PretrainedModel(nn.Layer):
             generation_config = GenerationConfig.from_pretrained(path, config)
             sources, problems = _find(folder, specs, config.quantization_config)
             config = _choose_storage(config, dtype, quantization, str(path))
-            packed = (pack or config.quantization_config is not None) and _packs(config)
+            packed = _packs(config, pack)
             shortage = memory_problem(specs, config.dtype, config.quantization_config if packed else None)
             raise_problems(
                 path, problems + ([shortage] if shortage else []), "Download the files again, or correct config.json."
@@ -318,16 +327,26 @@ def _choose_storage(config: ErnieConfig, dtype: str | None, quantization: str | 
                 "take the checkpoint that is not quantised"
             )
         config = config.replace(quantization_config=stored or wanted)
-    on_cpu = paddle.device.get_device() == "cpu"
+    on_cpu = _on_cpu()
+    if config.quantization_config is not None and not on_cpu:
+        held = replace(config.quantization_config, embedding_quant_type=NOT_QUANTISED)
+        config = config.replace(quantization_config=held)
     if config.quantization_config is not None and on_cpu and dtype not in (None, "bfloat16"):
         raise ConfigError(f'{where}: quantised weights go with dtype="bfloat16" on a CPU, found {dtype!r}')
     if dtype is None:
         if config.quantization_config is not None and on_cpu:
             config = config.replace(dtype="bfloat16")  # quantised weights are packed, whatever they were before
-        dtype = config.dtype if not on_cpu or _packs(config) else "float32"
+        dtype = config.dtype if not on_cpu or _packs(config, True) else "float32"
     return config.replace(dtype=dtype)
 
 
-def _packs(config: ErnieConfig) -> bool:
-    """Whether weights of this form are packed for the CPU kernels."""
-    return config.dtype == "bfloat16" and paddle.device.get_device() == "cpu" and custom.library() is not None
+def _packs(config: ErnieConfig, wanted: bool) -> bool:
+    """Whether weights of this form are held for inference only: see `models.packing`."""
+    quantised = config.quantization_config is not None
+    if _on_cpu():
+        return (wanted or quantised) and config.dtype == "bfloat16" and custom.library() is not None
+    return wanted and quantised and config.dtype in weight_only.DTYPES
+
+
+def _on_cpu() -> bool:
+    return paddle.device.get_device() == "cpu"

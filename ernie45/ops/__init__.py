@@ -10,12 +10,16 @@ from ernie45.ops.causal_attention import causal_attention
 from ernie45.ops.decoder import decoder
 from ernie45.ops.elementwise import rms_norm, rope, rope_angles, swiglu
 from ernie45.ops.fp8 import (
+    SwigluGradients,
     fp8_dequantize,
     fp8_quantize,
     fp8_quantize_both,
+    fp8_quantize_stack,
     fp8_quantize_transposed,
     swiglu_fp8_quantize,
+    swiglu_fp8_quantize_backward,
 )
+from ernie45.ops.fp8_matmul import fp8_expert_linear, fp8_linear
 from ernie45.ops.linear import (
     AdaptedWeight,
     embedding,
@@ -40,6 +44,7 @@ __all__ = [
     "AdamWStep",
     "AdaptedWeight",
     "PackedWeight",
+    "SwigluGradients",
     "adamw_update",
     "attention",
     "attention_by_frame",
@@ -50,8 +55,11 @@ __all__ = [
     "embedding",
     "expert_linear",
     "fp8_dequantize",
+    "fp8_expert_linear",
+    "fp8_linear",
     "fp8_quantize",
     "fp8_quantize_both",
+    "fp8_quantize_stack",
     "fp8_quantize_transposed",
     "layer_norm",
     "linear",
@@ -68,5 +76,6 @@ __all__ = [
     "sum_of_squares",
     "swiglu",
     "swiglu_fp8_quantize",
+    "swiglu_fp8_quantize_backward",
     "unstack",
 ]

@@ -19,6 +19,9 @@ and scales come transposed unless ``output_scale_transpose=False``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import paddle
 from paddle import Tensor
 
@@ -150,6 +153,84 @@ def swiglu_fp8_quantize(x: Tensor, prob: Tensor | None = None, scale: str = "flo
         factors = None if prob is None else prob.astype("float32")
         codes, scales = custom.run("ernie45_swiglu_fp8_quantize", x, factors, scale == "power_of_two")
         return codes, scales
+
+
+def fp8_quantize_stack(weights: Sequence[Tensor], scale: str = "float32") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights of experts, stacked and quantised in square blocks, in both orientations: see `fp8_quantize_both`.
+
+    Args:
+        weights: matrices [rows, columns] of one shape and dtype, or stacks of them [count, rows, columns].
+        scale: "float32" or "power_of_two".
+
+    Returns:
+        codes [experts, rows, columns], scales [experts, ceil(rows / 128), ceil(columns / 128)], and both of the
+        transposes.
+
+    Raises:
+        ErnieError: no weights, weights of different shapes or dtypes, or another dtype or scale.
+    """
+    if not weights:
+        raise ErnieError("fp8_quantize_stack: found no weights")
+    like = [weights[0].dtype, *weights[0].shape[-2:]]
+    for weight in weights:
+        if weight.ndim not in (2, 3) or [weight.dtype, *weight.shape[-2:]] != like:
+            raise ErnieError(
+                f"fp8_quantize_stack: found a weight {weight.dtype} {list(weight.shape)}, expected {like[0]} matrices "
+                f"{like[1:]} or stacks of them, like the first"
+            )
+    _check("fp8_quantize_stack", weights[0][0] if weights[0].ndim == 3 else weights[0], SQUARE_BLOCK, scale)
+    with paddle.no_grad():
+        if gpu.on_gpu(weights[0]):
+            return gpu.best(fp8_reference.quantize_stack, weights[0])(weights, scale)
+        each = [fp8_quantize_both(matrix, SQUARE_BLOCK, scale) for matrix in fp8_reference.matrices(weights)]
+        return fp8_reference.stacked(each)
+
+
+class SwigluGradients(NamedTuple):
+    """What the way back through `swiglu_fp8_quantize` gives.
+
+    Attributes:
+        x: [rows, 2 * width] in the dtype of x, the gradient of gate and up.
+        prob: [rows] float32, that of the factors.
+        out: [rows, width] in the dtype of x, silu(gate) * up * prob once more: the gradient of the weight behind it
+            needs it, and it was not stored.
+        codes, scales: `x` of this quantised in blocks of 1 x 128, for the product with the weight before it.
+    """
+
+    x: Tensor
+    prob: Tensor
+    out: Tensor
+    codes: Tensor
+    scales: Tensor
+
+
+def swiglu_fp8_quantize_backward(
+    x: Tensor, grad: Tensor, prob: Tensor | None = None, scale: str = "float32"
+) -> SwigluGradients:
+    """The gradients of `swiglu_fp8_quantize`, where quantising counts as doing nothing.
+
+    Args:
+        x, prob, scale: as of `swiglu_fp8_quantize`; width is a multiple of 128, so that no block has both gate and up.
+        grad: [rows, width] in the dtype of x, the gradient of silu(gate) * up * prob.
+
+    Raises:
+        ErnieError: another shape or dtype.
+    """
+    operator = "swiglu_fp8_quantize_backward"
+    _check(operator, x, ROW_BLOCK, scale)
+    if x.shape[1] % (2 * ROW_BLOCK[1]):
+        raise ErnieError(f"{operator}: x has {x.shape[1]} columns, expected gate and up, a multiple of 256")
+    for name, found, expected in (
+        ("grad", grad, [x.shape[0], x.shape[1] // 2]),
+        ("prob", prob, [x.shape[0]]),
+    ):
+        if found is not None and list(found.shape) != expected:
+            raise ErnieError(f"{operator}: {name} has shape {list(found.shape)}, expected {expected}")
+    if grad.dtype != x.dtype:
+        raise ErnieError(f"{operator}: grad is {grad.dtype}, expected {x.dtype} like x")
+    with paddle.no_grad():
+        found = gpu.best(fp8_reference.swiglu_quantize_backward, x)(x, grad, prob, scale)
+        return SwigluGradients(*found)
 
 
 def _check(operator: str, x: Tensor, block: tuple[int, int], scale: str) -> None:

@@ -58,6 +58,40 @@ def swiglu_quantize(x: Tensor, prob: Tensor | None, scale: str) -> tuple[Tensor,
     return quantize(reference.swiglu(x.astype("float32"), prob), (1, 128), scale)
 
 
+def quantize_stack(weights: Sequence[Tensor], scale: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ernie45.ops.fp8_quantize_stack`."""
+    return stacked([quantize_both(matrix, (128, 128), scale) for matrix in matrices(weights)])
+
+
+def matrices(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices of weights that are matrices or stacks of them."""
+    return [matrix for weight in weights for matrix in (paddle.unbind(weight) if weight.ndim == 3 else [weight])]
+
+
+def stacked(quantised: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize_both` returned for several matrices, stacked. Paddle stacks no float8."""
+    codes, scales, transposed, transposed_scales = (list(parts) for parts in zip(*quantised, strict=True))
+    codes, transposed = (
+        paddle.stack([part.view("uint8") for part in parts]).view("float8_e4m3fn") for parts in (codes, transposed)
+    )
+    return codes, paddle.stack(scales), transposed, paddle.stack(transposed_scales)
+
+
+def swiglu_quantize_backward(
+    x: Tensor, grad: Tensor, prob: Tensor | None, scale: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `ernie45.ops.swiglu_fp8_quantize_backward`."""
+    gate, up = paddle.chunk(x.astype("float32"), 2, axis=-1)
+    sigmoid, incoming = F.sigmoid(gate), grad.astype("float32")
+    silu = gate * sigmoid
+    factors = paddle.ones([x.shape[0], 1]) if prob is None else prob.astype("float32").unsqueeze(-1)
+    of_product = incoming * factors
+    of_gate = of_product * up * (sigmoid + silu * (1 - sigmoid))
+    grad_x = paddle.concat([of_gate, of_product * silu], axis=-1).astype(x.dtype)
+    grad_prob = (incoming * silu * up).sum(axis=-1)
+    return grad_x, grad_prob, (silu * up * factors).astype(x.dtype), *quantize(grad_x, (1, 128), scale)
+
+
 def _split(x: Tensor, block: tuple[int, int]) -> Tensor:
     """The matrix as [row blocks, block rows, column blocks, block columns], padded with zeros."""
     row_blocks, column_blocks = scales_shape(x.shape, block)

@@ -9,7 +9,7 @@ rounds before it multiplies with the weight, `fused_rotary_position_embedding` r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -205,6 +205,15 @@ def _swiglu_quantize(x: Tensor, prob: Tensor | None, scale: str) -> tuple[Tensor
     return codes, scales
 
 
+def _quantize_stack(weights: Sequence[Tensor], scale: str) -> tuple[Tensor, ...]:
+    return tuple(_run("fp8_quantize_stack", list(weights), scale == "power_of_two"))
+
+
+def _swiglu_quantize_backward(x: Tensor, grad: Tensor, prob: Tensor | None, scale: str) -> tuple[Tensor, ...]:
+    factors = None if prob is None else prob.astype("float32")
+    return tuple(_run("swiglu_fp8_quantize_backward", x, factors, grad, True, scale == "power_of_two"))
+
+
 IMPLEMENTATIONS: dict[Callable[..., Any], Implementation] = {
     reference.rms_norm: Implementation("rms_norm", _rms_norm, FLOATS, _paddle_rms_norm, "fused_rms_norm_ext"),
     reference.swiglu: Implementation("swiglu", _swiglu, FLOATS, _paddle_swiglu, "swiglu"),
@@ -219,5 +228,9 @@ IMPLEMENTATIONS: dict[Callable[..., Any], Implementation] = {
     fp8_reference.quantize_transposed: _quantisation("fp8_quantize_transposed"),
     fp8_reference.quantize_both: _quantisation("fp8_quantize_both"),
     fp8_reference.dequantize: Implementation("fp8_dequantize", _dequantize, (paddle.float8_e4m3fn,)),
+    fp8_reference.quantize_stack: Implementation("fp8_quantize_stack", _quantize_stack, QUANTISED),
     fp8_reference.swiglu_quantize: Implementation("swiglu_fp8_quantize", _swiglu_quantize, QUANTISED),
+    fp8_reference.swiglu_quantize_backward: Implementation(
+        "swiglu_fp8_quantize_backward", _swiglu_quantize_backward, QUANTISED
+    ),
 }

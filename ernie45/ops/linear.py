@@ -13,6 +13,7 @@ from paddle.autograd import PyLayer
 from ernie45.ops import custom, matmul, reference
 from ernie45.ops.elementwise import narrow, widen
 from ernie45.ops.packed import PackedWeight
+from ernie45.ops.weight_only import WeightOnly, WeightOnlyStack
 
 
 class AdaptedWeight(abc.ABC):
@@ -22,7 +23,7 @@ class AdaptedWeight(abc.ABC):
         base: the weight, [in, out] or stacked [count, in, out].
     """
 
-    base: Tensor | PackedWeight
+    base: Tensor | PackedWeight | WeightOnly | WeightOnlyStack
 
     @property
     def shape(self) -> list[int]:
@@ -38,7 +39,7 @@ class AdaptedWeight(abc.ABC):
         """Those of a stack, one by one."""
 
 
-Weight: TypeAlias = Tensor | PackedWeight | AdaptedWeight
+Weight: TypeAlias = Tensor | PackedWeight | WeightOnly | WeightOnlyStack | AdaptedWeight
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -47,9 +48,10 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     Packed weights accumulate in float32 (bfloat16) or exactly (8 and 4 bits); activations enter such a product rounded
     to bfloat16, or to 15 bits with one scale per row. They have no gradient themselves; that of x is computed with what
     they stand for, in bfloat16. With plain bfloat16 weights on a CPU, both sides of the product and of its gradients
-    are rounded to bfloat16 and sums are float32, too; with float32 weights nothing is rounded.
+    are rounded to bfloat16 and sums are float32, too; with float32 weights nothing is rounded. On a GPU weights of 8
+    and 4 bits go through Paddle's `weight_only_linear`, in the dtype of their scales.
     """
-    if isinstance(weight, AdaptedWeight):
+    if isinstance(weight, AdaptedWeight | WeightOnly):
         return weight.product(x)
     if not isinstance(weight, PackedWeight):
         return matmul.linear(x, weight) if matmul.multiplies(x, weight) else reference.linear(x, weight)
@@ -100,7 +102,7 @@ def expert_linear(rows: Tensor, counts: Tensor, weight: Weight) -> Tensor:
     Returns:
         [n, out] in the dtype of rows.
     """
-    if not isinstance(weight, AdaptedWeight | PackedWeight) and matmul.multiplies(rows, weight):
+    if isinstance(weight, Tensor) and matmul.multiplies(rows, weight):
         return matmul.expert_linear(rows, counts, weight)
     sizes = counts.tolist()
     chosen = [expert for expert, size in enumerate(sizes) if size]
@@ -114,7 +116,7 @@ def embedding(ids: Tensor, weight: Weight) -> Tensor:
     """Rows of a weight [vocabulary, width] for ids [...] int64: [..., width] in the dtype of activations."""
     if isinstance(weight, PackedWeight):
         return weight.columns(ids)
-    if not isinstance(weight, AdaptedWeight) and weight.dtype == paddle.bfloat16 and custom.usable(ids, weight):
+    if isinstance(weight, Tensor) and weight.dtype == paddle.bfloat16 and custom.usable(ids, weight):
         return matmul.embedding(ids, weight)
     return reference.embedding(ids, weight)
 
@@ -135,4 +137,4 @@ def unstack(weight: Weight) -> Sequence[Weight]:
         return weight.matrices()
     if isinstance(weight, PackedWeight):
         return [weight[index] for index in range(weight.count or 0)]
-    return paddle.unbind(weight)
+    return weight if isinstance(weight, WeightOnlyStack) else paddle.unbind(weight)

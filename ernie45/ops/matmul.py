@@ -17,9 +17,9 @@ from ernie45.ops import custom
 from ernie45.ops.packed import KINDS, PackedWeight
 
 
-def multiplies(x: Tensor, weight: Tensor | PackedWeight) -> bool:
+def multiplies(x: Tensor, weight: Any) -> bool:
     """Whether the fused operators take this product: float32 activations on the CPU, a bfloat16 or packed weight."""
-    known = isinstance(weight, PackedWeight) or weight.dtype == paddle.bfloat16
+    known = isinstance(weight, PackedWeight) or (isinstance(weight, Tensor) and weight.dtype == paddle.bfloat16)
     return known and x.dtype == paddle.float32 and custom.usable(x)
 
 

@@ -9,7 +9,9 @@ reordered for the tensor cores, columns interleaved by 2 (or 4), codes without a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 import paddle
@@ -22,7 +24,8 @@ from ernie45.ops.packed import GROUP, WINT4, WINT8
 
 INPUTS = 64  # inputs that lie together: a weight has a multiple of them
 OUTPUTS = 16  # outputs that the product takes at once
-DTYPES = (paddle.float16, paddle.bfloat16)  # of activations
+DTYPES = ("bfloat16", "float16")  # of activations
+ARCHITECTURES = (80, 86, 89, 90, 92, 100)  # compute capabilities that Paddle 3.3 knows of; newer GPUs run the last
 # Where the rows of each 16 go: rows of codes for 8 bits, of bytes with two codes for 4 bits.
 PLACES = {
     WINT8: [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15],
@@ -33,58 +36,121 @@ COLUMNS = {WINT8: 2, WINT4: 4}  # columns that are interleaved
 NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # which code of 8 that share 32 bits comes first, second, ...
 
 
-@dataclass(frozen=True, eq=False)
+def takes(shape: Sequence[int]) -> bool:
+    """Whether the kernels take a weight [..., in, out] of this shape."""
+    return shape[-2] % INPUTS == 0 and shape[-1] % OUTPUTS == 0
+
+
+@dataclass(eq=False)
 class WeightOnly:
-    """A weight [in, out] for `weight_only_linear`.
+    """A weight [in, out] for `weight_only_linear`, for inference: it has no gradient.
+
+    It is made empty, then filled as a quantised folder holds it, like a `PackedWeight` of the CPU.
 
     Attributes:
         kind: "wint8" (a scale per output) or "wint4" (a scale per output and 64 inputs).
-        codes: int8 [out, in] or [out / 2, in], in the layout of the kernels.
-        scales: [out] or [in / 64, out], in the dtype of activations.
+        shape: [in, out]
+        dtype: of activations, "bfloat16" or "float16"; scales are rounded to it.
+        data: int8 [out, in] or [out / 2, in], in the layout of the kernels.
+        scales: [out] or [in / 64, out], in that dtype.
+
+    Raises:
+        ErnieError: sizes that the kernels do not take, or another kind or dtype.
     """
 
     kind: str
-    codes: Tensor
-    scales: Tensor
+    shape: list[int]
+    dtype: str = "bfloat16"
+    data: Tensor = field(init=False)
+    scales: Tensor = field(init=False)
 
-    @classmethod
-    def from_published(cls, kind: str, codes: np.ndarray, scales: np.ndarray, dtype: str = "bfloat16") -> WeightOnly:
-        """A weight as a quantised folder holds it, on the current device.
+    outputs_first = False
 
-        Args:
-            kind: "wint8" or "wint4".
-            codes: int8 [in, out], or [in / 2, out] with two codes a byte, the even input in the low half.
-            scales: float32 [out], or bfloat16 bits as uint16 [in / 64, out].
-            dtype: of activations, "bfloat16" or "float16"; scales are rounded to it.
-
-        Raises:
-            ErnieError: sizes that the kernels do not take.
-        """
-        inputs, outputs = len(codes) * (2 if kind == WINT4 else 1), codes.shape[1]
-        if inputs % INPUTS or outputs % OUTPUTS:
+    def __post_init__(self) -> None:
+        if self.kind not in PLACES or self.dtype not in DTYPES:
             raise ErnieError(
-                f"weight-only: found a weight of {inputs} inputs and {outputs} outputs, expected multiples of {INPUTS} "
-                f"and {OUTPUTS}; take it in full precision"
+                f"weight-only: found {self.kind!r} with {self.dtype!r}, expected {' or '.join(map(repr, PLACES))} with "
+                f"{' or '.join(map(repr, DTYPES))}"
             )
-        wide = convert(scales, "BF16", "F32") if kind == WINT4 else scales
-        return cls(kind, paddle.to_tensor(arranged(kind, codes)), paddle.to_tensor(wide).astype(dtype))
+        if len(self.shape) != 2 or not takes(self.shape):
+            raise ErnieError(
+                f"weight-only: found a weight of shape {self.shape}, expected [in, out], multiples of {INPUTS} and "
+                f"{OUTPUTS}; take it in full precision"
+            )
+        self._codes = np.zeros(self._rows, np.int8)
 
     @property
-    def shape(self) -> list[int]:
-        """[in, out]"""
-        return [self.codes.shape[1], self.scales.shape[-1]]
+    def nbytes(self) -> int:
+        """Bytes held, once it is filled."""
+        return self.data.size + 2 * self.scales.size
 
-    def linear(self, x: Tensor) -> Tensor:
-        """x [..., in], in the dtype of the scales, times the weight: [..., out] in that dtype."""
+    @property
+    def _rows(self) -> tuple[int, int]:
+        return self.shape[0] // (2 if self.kind == WINT4 else 1), self.shape[1]
+
+    def write(self, rows: np.ndarray, first: int = 0) -> None:
+        """Fills in rows first, first + 1, ... of the codes: int8 [in, out], or for wint4 bytes [in / 2, out] of two
+        codes each, the even input in the low half.
+
+        Raises:
+            ErnieError: they do not fit.
+        """
+        height, width = self._rows
+        if rows.ndim != 2 or rows.shape[1] != width or not 0 <= first <= height - len(rows) or rows.itemsize != 1:
+            raise ErnieError(
+                f"weight-only: {rows.dtype} {list(rows.shape)} from row {first} on do not fit into {height} rows of "
+                f"{width} ({self.kind})"
+            )
+        self._codes[first : first + len(rows)] = rows
+
+    def write_scales(self, scales: np.ndarray) -> None:
+        """Fills in the scales, float32 [out] or bfloat16 bits as uint16 [in / 64, out]; call it after `write`.
+
+        Codes and scales then are on the current device, and nowhere else.
+        """
+        wide = convert(scales, "BF16", "F32") if self.kind == WINT4 else scales
+        self.data = paddle.to_tensor(arranged(self.kind, self._codes))
+        self.scales = paddle.to_tensor(wide).astype(self.dtype)
+        del self._codes
+
+    def codes(self) -> np.ndarray:
+        """What `write` took, for the whole weight."""
+        return published(self.kind, self.data.numpy())
+
+    def scale_values(self) -> np.ndarray:
+        """What `write_scales` took, as far as the dtype of activations holds it."""
+        wide = self.scales.astype("float32").numpy()
+        return convert(wide, "F32", "BF16") if self.kind == WINT4 else wide
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] times the weight: [..., out] in the dtype of x."""
         major, minor = paddle.device.cuda.get_device_capability()
         return quant.weight_only_linear(
-            x,
-            self.codes,
+            x.astype(self.dtype),
+            self.data,
             weight_scale=self.scales,
             weight_dtype="int4" if self.kind == WINT4 else "int8",
-            arch=10 * major + minor,
+            arch=max(known for known in ARCHITECTURES if known <= max(10 * major + minor, ARCHITECTURES[0])),
             group_size=GROUP if self.kind == WINT4 else -1,
-        )
+        ).astype(x.dtype)
+
+
+class WeightOnlyStack(Sequence[WeightOnly]):
+    """The weights of a bank of experts, [count, in, out]; see `WeightOnly`."""
+
+    def __init__(self, kind: str, shape: list[int], dtype: str = "bfloat16"):
+        self.shape = shape
+        self._weights = [WeightOnly(kind, shape[1:], dtype) for _ in range(shape[0])]
+
+    @overload
+    def __getitem__(self, index: int) -> WeightOnly: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[WeightOnly]: ...
+    def __getitem__(self, index: int | slice) -> WeightOnly | Sequence[WeightOnly]:
+        return self._weights[index]
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def arranged(kind: str, codes: np.ndarray) -> np.ndarray:
@@ -100,3 +166,18 @@ def arranged(kind: str, codes: np.ndarray) -> np.ndarray:
     words = interleaved.reshape(-1).view("<u4")
     moved = sum(((words >> 4 * source) & 0xF ^ 8) << 4 * place for place, source in enumerate(NIBBLES))
     return np.asarray(moved, "<u4").view(np.int8).reshape(outputs // 2, 2 * rows)
+
+
+def published(kind: str, data: np.ndarray) -> np.ndarray:
+    """The inverse of `arranged`."""
+    if kind == WINT8:
+        outputs, rows = data.shape
+        interleaved = data.view(np.uint8) ^ 0x80
+    else:
+        outputs, rows = 2 * data.shape[0], data.shape[1] // 2
+        words = np.ascontiguousarray(data).reshape(-1).view("<u4")
+        moved = sum(((words >> 4 * place) & 0xF ^ 8) << 4 * source for place, source in enumerate(NIBBLES))
+        interleaved = np.asarray(moved, "<u4").view(np.uint8)
+    blocks = interleaved.reshape(outputs // COLUMNS[kind], rows // ROWS[kind], COLUMNS[kind], ROWS[kind])
+    ordered = blocks.swapaxes(1, 2).reshape(outputs, rows // 16, 16)
+    return np.ascontiguousarray(ordered[:, :, PLACES[kind]].reshape(outputs, rows).T).view(np.int8)

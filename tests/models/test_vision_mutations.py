@@ -212,7 +212,7 @@ def test_notices_that_the_time_takes_the_first_pairs(model, data, case: str, mon
     def time_first(positions: Tensor, head_dim: int, theta: float, time_pairs: int) -> tuple[Tensor, Tensor]:
         pairs = np.arange(head_dim // 2)
         axes = np.where(pairs < time_pairs, 0, 1 + pairs % 2)
-        chosen = paddle.index_select(positions, paddle.to_tensor(axes), axis=-1)
+        chosen = paddle.index_select(positions.astype("float32"), paddle.to_tensor(axes), axis=-1)
         angles = chosen * paddle.to_tensor((theta ** (-pairs * 2 / head_dim)).astype("float32"))
         return paddle.cos(angles).unsqueeze(2), paddle.sin(angles).unsqueeze(2)
 
@@ -228,7 +228,7 @@ def test_notices_rows_and_columns_in_blocks_of_pairs(model, data, case: str, mon
         pairs = np.arange(head_dim // 2)
         sides = len(pairs) - time_pairs
         axes = np.where(pairs >= sides, 0, 1 + (pairs >= sides // 2))
-        chosen = paddle.index_select(positions, paddle.to_tensor(axes), axis=-1)
+        chosen = paddle.index_select(positions.astype("float32"), paddle.to_tensor(axes), axis=-1)
         angles = chosen * paddle.to_tensor((theta ** (-pairs * 2 / head_dim)).astype("float32"))
         return paddle.cos(angles).unsqueeze(2), paddle.sin(angles).unsqueeze(2)
 

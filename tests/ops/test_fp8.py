@@ -374,6 +374,38 @@ def test_swiglu_in_float64(implementation: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_weights_of_experts_are_stacked(implementation: str, scale: str) -> None:
+    weights = [paddle.to_tensor(numbers(130, 140, seed, 3, False).astype("float32")) for seed in range(3)]
+    with using(implementation):
+        found = ops.fp8_quantize_stack([weights[0], paddle.stack(weights[1:])], scale)
+        each = [ops.fp8_quantize_both(weight, (128, 128), scale) for weight in weights]
+    for ours, theirs in zip(found, zip(*each, strict=True), strict=True):
+        expected = np.stack([part.view("uint8").numpy() for part in theirs])
+        np.testing.assert_array_equal(ours.view("uint8").numpy(), expected)
+
+
+@pytest.mark.parametrize("with_prob", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_way_back_through_swiglu_is_its_gradient(dtype: str, with_prob: bool) -> None:
+    """Against automatic differentiation of the definition, in float32."""
+    paddle.seed(3)
+    x, grad, prob = paddle.randn([5, 512]).astype(dtype), paddle.randn([5, 256]).astype(dtype), paddle.rand([5])
+    inputs = [x.astype("float32"), prob if with_prob else paddle.ones([5])]
+    for tensor in inputs:
+        tensor.stop_gradient = False
+    out = ops.swiglu(*inputs)
+    out.backward(grad.astype("float32"))
+    found = ops.swiglu_fp8_quantize_backward(x, grad, prob if with_prob else None)
+    half = 2.0**-8 if dtype == "bfloat16" else 0
+    for ours, theirs in ((found.x, inputs[0].grad), (found.prob, inputs[1].grad), (found.out, out)):
+        np.testing.assert_allclose(ours.astype("float32").numpy(), theirs.numpy(), rtol=half + 1e-5, atol=1e-5)
+    assert found.x.dtype == found.out.dtype == x.dtype and found.prob.dtype == paddle.float32
+    for ours, theirs in zip(found[3:], ops.fp8_quantize(found.x), strict=True):
+        np.testing.assert_array_equal(ours.view("uint8").numpy(), theirs.view("uint8").numpy())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_gradient(implementation: str) -> None:
     x = paddle.ones([2, 4])
     x.stop_gradient = False
@@ -394,6 +426,22 @@ def test_no_gradient(implementation: str) -> None:
         (lambda x: ops.fp8_quantize(x, scale="ue8m0"), "scale is 'ue8m0', expected 'float32' or 'power_of_two'"),
         (lambda x: ops.swiglu_fp8_quantize(x[:, :3]), "swiglu_fp8_quantize: x has 3 columns, expected .* even"),
         (lambda x: ops.swiglu_fp8_quantize(x, x), r"prob has shape \[2, 4\], expected \[2\]"),
+        (lambda x: ops.fp8_quantize_stack([]), "fp8_quantize_stack: found no weights"),
+        (lambda x: ops.fp8_quantize_stack([x, x[:1]]), r"\[1, 4\], expected .* matrices \[2, 4\] or stacks of them"),
+        (lambda x: ops.fp8_quantize_stack([x.astype("float16")]), "fp8_quantize_stack: x is float16"),
+        (lambda x: ops.swiglu_fp8_quantize_backward(x, x), "x has 4 columns, expected .* a multiple of 256"),
+        (
+            lambda x: ops.swiglu_fp8_quantize_backward(x.tile([1, 64]), x),
+            r"grad has shape \[2, 4\], expected \[2, 128\]",
+        ),
+        (
+            lambda x: ops.swiglu_fp8_quantize_backward(x.tile([1, 64]), x.tile([1, 32]), x[0]),
+            r"prob has shape \[4\], expected \[2\]",
+        ),
+        (
+            lambda x: ops.swiglu_fp8_quantize_backward(x.tile([1, 64]), x.tile([1, 32]).astype("bfloat16")),
+            "grad is paddle.bfloat16, expected paddle.float32 like x",
+        ),
         (lambda x: ops.fp8_dequantize(x, x), "codes is float32, expected float8_e4m3fn"),
         (lambda x: ops.fp8_dequantize(*ops.fp8_quantize(x), dtype="float16"), "dtype is 'float16', expected 'float32'"),
         (

@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def run(*arguments: Any) -> list[paddle.Tensor]:
         made.append(arguments)
-        return [paddle.zeros([1]) for _ in range(4)][: OUTPUTS.get(arguments[0], 1)]
+        return [paddle.zeros([1]) for _ in range(5)][: OUTPUTS.get(arguments[0], 1)]
 
     monkeypatch.delenv("ERNIE45_OPS", raising=False)
     monkeypatch.setattr(gpu, "on_gpu", lambda x: True)
@@ -45,7 +45,9 @@ OUTPUTS = {
     "ernie45_cuda_fp8_quantize": 2,
     "ernie45_cuda_fp8_quantize_transposed": 2,
     "ernie45_cuda_fp8_quantize_both": 4,
+    "ernie45_cuda_fp8_quantize_stack": 4,
     "ernie45_cuda_swiglu_fp8_quantize": 2,
+    "ernie45_cuda_swiglu_fp8_quantize_backward": 5,
 }
 
 
@@ -77,6 +79,12 @@ CALLS = [
         [1, True],
     ),
     (lambda: ops.swiglu_fp8_quantize(ones(2, 4)), "swiglu_fp8_quantize", [None, False]),
+    (
+        lambda: ops.swiglu_fp8_quantize_backward(ones(2, 256), ones(2, 128), scale="power_of_two"),
+        "swiglu_fp8_quantize_backward",
+        [None, True, True],
+    ),
+    (lambda: ops.fp8_quantize_stack([ones(2, 4), ones(3, 2, 4)], "power_of_two"), "fp8_quantize_stack", [True]),
 ]
 
 
@@ -86,7 +94,7 @@ def test_tensors_on_a_gpu_use_our_operators(
 ) -> None:
     call()
     assert [made[0] for made in calls] == [f"ernie45_cuda_{operator}"]
-    assert [value for value in calls[0][1:] if not isinstance(value, paddle.Tensor)] == attributes
+    assert [value for value in calls[0][1:] if not isinstance(value, paddle.Tensor | list)] == attributes
 
 
 def test_every_operator_is_called_by_a_public_function() -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import paddle
 import pytest
 
+from ernie45 import ops
 from ernie45.checkpoint.dtypes import convert
 from ernie45.errors import ErnieError
 from ernie45.ops import weight_only
 from ernie45.ops.weight_only import WeightOnly
 from ernie45.quantization.weights import Quantised, dequantize
+from tests.helpers import packed
 
 HEADER = Path(paddle.__file__).parent / "include/paddle/phi/kernels/impl/weight_quantize_kernel_gpu_impl.h"
 
@@ -90,8 +92,8 @@ def test_the_product_is_given_what_was_published(kind: str, monkeypatch: pytest.
 
     monkeypatch.setattr(weight_only.quant, "weight_only_linear", weight_only_linear)
     monkeypatch.setattr(paddle.device, "cuda", type("Cuda", (), {"get_device_capability": lambda: (9, 0)}))
-    weight = WeightOnly.from_published(kind, codes, scales)
-    weight.linear(paddle.ones([1, inputs], "bfloat16"))
+    weight = filled(kind, codes, scales)
+    ops.linear(paddle.ones([1, inputs], "bfloat16"), weight)
     assert weight.shape == [inputs, outputs] and given["weight_scale"].dtype == paddle.bfloat16
     assert given["arch"] == 90
     assert (given["weight_dtype"], given["group_size"]) == (("int8", -1) if kind == "wint8" else ("int4", 64))
@@ -127,8 +129,46 @@ def looked_up(kind: str, codes: np.ndarray, inputs: int, outputs: int) -> np.nda
     return flat.reshape(inputs, outputs)
 
 
+def filled(kind: str, codes: np.ndarray, scales: np.ndarray) -> WeightOnly:
+    """The weight, written in two pieces."""
+    inputs = len(codes) * (2 if kind == "wint4" else 1)
+    weight = WeightOnly(kind, [inputs, codes.shape[1]])
+    for first, last in ((len(codes) // 2, len(codes)), (0, len(codes) // 2)):
+        weight.write(codes[first:last], first)
+    weight.write_scales(scales)
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["wint8", "wint4"])
+def test_what_was_written_comes_back(kind: str) -> None:
+    published = packed.published(kind, 192, 48)
+    weight = filled(kind, published.codes, published.scales)
+    np.testing.assert_array_equal(weight.codes(), published.codes)
+    rounded = published.scales
+    if kind == "wint8":  # scales are in the dtype of activations
+        rounded = convert(convert(rounded, "F32", "BF16"), "BF16", "F32")
+    np.testing.assert_array_equal(weight.scale_values(), rounded)
+    assert weight.nbytes == published.codes.size + 2 * published.scales.size
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((12, 0), 100)])
+def test_newer_gpus_run_the_newest_kernels(
+    capability: tuple[int, int], arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(weight_only.quant, "weight_only_linear", lambda x, *_, arch, **__: found.append(arch) or x)
+    monkeypatch.setattr(paddle.device, "cuda", type("Cuda", (), {"get_device_capability": lambda: capability}))
+    published = packed.published("wint8", 64, 16)
+    x = paddle.ones([2, 64])
+    assert filled("wint8", published.codes, published.scales).product(x).dtype == x.dtype and found == [arch]
+
+
 def test_sizes_that_kernels_do_not_take() -> None:
-    with pytest.raises(ErnieError, match="found a weight of 32 inputs and 16 outputs, expected multiples of 64 and 16"):
-        WeightOnly.from_published("wint8", codes_of(32, 16), np.ones(16, np.float32))
-    with pytest.raises(ErnieError, match="found a weight of 64 inputs and 20 outputs"):
-        WeightOnly.from_published("wint4", codes_of(32, 20), np.ones((1, 20), np.uint16))
+    with pytest.raises(ErnieError, match=r"a weight of shape \[32, 16\], expected \[in, out\], multiples of 64 and 16"):
+        WeightOnly("wint8", [32, 16])
+    with pytest.raises(ErnieError, match=r"shape \[64, 20\]"):
+        WeightOnly("wint4", [64, 20])
+    with pytest.raises(ErnieError, match="found 'bfloat16' with 'bfloat16', expected 'wint8' or 'wint4' with"):
+        WeightOnly("bfloat16", [64, 16])
+    with pytest.raises(ErnieError, match=r"int8 \[3, 16\] from row 62 on do not fit into 64 rows of 16 \(wint8\)"):
+        WeightOnly("wint8", [64, 16]).write(np.zeros((3, 16), np.int8), 62)
