@@ -1,8 +1,9 @@
 """The first lessons of tower and adapter: a picture of one digit shall resemble the embedding of that digit.
 
 This is contrastive learning of pictures and words (CLIP, arXiv 2103.00020) where the words are the embeddings that the
-frozen text model has for the ten digits. Some pictures are frames of a video, whose upper tokens shall resemble the
-last digit of the second that is stamped there. No decoder takes part, so a step costs a fraction of one through it.
+text model has for the ten digits. Some pictures show two digits, half of the tokens each; some are frames of a video,
+whose upper tokens shall resemble the last digit of the second that is stamped there. No decoder takes part, so a step
+costs a fraction of one through it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from ernie45.processing.timestamps import render_timestamp
 
 FULL_VARIETY = 0.6  # share of the stage after which pictures are as different as they get
 FRAME_SHARE = 0.35
+NUMBER_SHARE = 0.15  # of pictures with two digits
+
+Region = tuple[slice | int, slice]  # rows and columns of tokens
 
 
 @dataclass(frozen=True)
@@ -48,28 +52,37 @@ def draw_named(
     rng: random.Random, count: int, processor: ErnieProcessor, progress: float, split: str = "train"
 ) -> Named:
     """Pictures that grow more different with the progress of the stage, 0..1."""
-    variety = min(1.0, progress / FULL_VARIETY)
     patches, grid, tokens, digits = [], [], [], []
     first = 0
     for _ in range(count):
-        digit, vision, limits = rng.randrange(10), processor.vision, processor.limits
-        if rng.random() < FRAME_SHARE:
-            second = rng.randrange(20)
-            frames = draw_frames(rng, digit, second, limits.video, split)
-            encoded, size = patches_of(frames, vision)
-            above = size[2] // vision.merge_size  # tokens of the first row, where the time is
-            parts, names = (above, len(encoded) // (2 * vision.merge_size**2) - above), (second % 10, digit)
-        else:
-            encoded, size = encode_picture(draw_picture(rng, [digit], split, variety), limits.image, vision)
-            parts, names = (len(encoded) // vision.merge_size**2,), (digit,)
+        encoded, size, shown = draw_shown(rng, processor, min(1.0, progress / FULL_VARIETY), split)
+        merge_size = processor.vision.merge_size
+        places = first + np.arange(size[1] * size[2] // merge_size**2).reshape(-1, size[2] // merge_size)
         patches.append(encoded)
         grid.append(size)
-        for part in parts:
-            tokens.append(np.arange(first, first + part))
-            first += part
-        digits += names
+        for digit, where in shown:
+            tokens.append(places[where].flatten())
+            digits.append(digit)
+        first += places.size
     owners = np.repeat(np.arange(len(tokens)), [len(part) for part in tokens])
     return Named(np.concatenate(patches), np.array(grid), np.concatenate(tokens), owners, np.array(digits))
+
+
+def draw_shown(
+    rng: random.Random, processor: ErnieProcessor, variety: float, split: str
+) -> tuple[np.ndarray, tuple[int, int, int], list[tuple[int, Region]]]:
+    """One picture or pair of frames: its patches, its grid, and which digits stand in which tokens."""
+    vision, limits = processor.vision, processor.limits
+    digit, other, second, what = rng.randrange(10), rng.randrange(10), rng.randrange(20), rng.random()
+    if what < FRAME_SHARE:
+        patches, grid = patches_of(draw_frames(rng, digit, second, limits.video, split), vision)
+        return patches, grid, [(second % 10, np.s_[0, :]), (digit, np.s_[1:, :])]
+    digits = [digit, other] if what < FRAME_SHARE + NUMBER_SHARE else [digit]
+    patches, grid = encode_picture(draw_picture(rng, digits, split, variety), limits.image, vision)
+    if len(digits) == 1:
+        return patches, grid, [(digit, np.s_[:, :])]
+    half = grid[2] // vision.merge_size // 2
+    return patches, grid, [(digit, np.s_[:, :half]), (other, np.s_[:, -half:])]
 
 
 def draw_frames(rng: random.Random, digit: int, second: int, limits: ImageLimits, split: str) -> np.ndarray:
@@ -87,7 +100,7 @@ def name_pictures(model: ErnieForConditionalGeneration, digit_ids: list[int], ba
     """Logits [names, 10]: the mean over the vectors that show a name, times the embedding of each digit."""
     vectors = model.encode_images(paddle.to_tensor(batch.images), batch.grid)
     shown = paddle.gather(vectors, paddle.to_tensor(batch.tokens))
-    names = paddle.gather(model.ernie.embed_tokens.weight, paddle.to_tensor(digit_ids))
+    names = paddle.gather(model.ernie.embed_tokens.weight.detach(), paddle.to_tensor(digit_ids))
     return paddle.matmul(paddle.geometric.segment_mean(shown, paddle.to_tensor(batch.owners)), names, transpose_y=True)
 
 

@@ -23,6 +23,8 @@ from ernie45.errors import ErnieError
 
 HELDOUT_SHARE = 10  # one digit in this many is held out
 MARGIN = 2  # pixels of paper around the 8 x 8 of a digit
+FINE = 2  # how much finer the 8 x 8 become when they are bent
+BEND = 0.6  # of the 8 x 8, how far a stroke moves at most
 TOKEN = 28  # pixels along a side of a token
 # Rows and columns of tokens of a picture, and how often. The processor enlarges what is smaller than 2 x 2.
 SHAPES = {(2, 2): 6, (2, 3): 3, (3, 2): 3, (3, 3): 3, (2, 4): 1, (4, 2): 1, (3, 4): 1, (4, 3): 1}
@@ -76,6 +78,25 @@ def _tinted(rng: random.Random, brightness: float) -> np.ndarray:
     return np.clip(brightness + tint - tint.mean(), 0, 255)
 
 
+def bend(rng: random.Random, ink: Image.Image) -> Image.Image:
+    """The digit in another hand: nine points of the paper move, all else follows; `FINE` times as many pixels."""
+    side = ink.width * FINE
+    corner = {
+        (x, y): tuple(np.clip(at * ink.width / 2 + rng.uniform(-BEND, BEND), 0, ink.width) for at in (x, y))
+        for x in range(3)
+        for y in range(3)
+    }
+    quarters = [
+        (
+            (x * side // 2, y * side // 2, (x + 1) * side // 2, (y + 1) * side // 2),
+            (*corner[x, y], *corner[x, y + 1], *corner[x + 1, y + 1], *corner[x + 1, y]),
+        )
+        for x in range(2)
+        for y in range(2)
+    ]
+    return ink.transform((side, side), Image.Transform.MESH, quarters, Image.Resampling.BICUBIC)
+
+
 def draw_strokes(
     rng: random.Random, ink: Image.Image, size: tuple[int, int], centre: tuple[float, float], side: float
 ) -> np.ndarray:
@@ -89,11 +110,11 @@ def draw_strokes(
     """
     angle, slant, stretch = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.15)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    shape = np.array([[stretch, slant], [0, 1 / stretch]]) * side / 8
-    back = np.linalg.inv(turn @ shape)  # from a place in the picture to one in the 8 x 8 pixels
-    first = 4 + MARGIN - back @ np.array(centre)
+    shape = np.array([[stretch, slant], [0, 1 / stretch]]) * side / (8 * FINE)
+    back = np.linalg.inv(turn @ shape)  # from a place in the picture to one in the pixels of the digit
+    first = (4 + MARGIN) * FINE - back @ np.array(centre)
     coefficients = (*back[0], first[0], *back[1], first[1])
-    drawn = ink.transform(size[::-1], Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    drawn = bend(rng, ink).transform(size[::-1], Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
     faint, full = rng.uniform(0.05, 0.35), rng.uniform(0.6, 1.0)
     return np.clip((np.asarray(drawn, "float32") / 255 - faint) / (full - faint), 0, 1)
 

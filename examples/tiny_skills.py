@@ -167,11 +167,11 @@ def draw_film(rng: random.Random, split: str, least: int) -> tuple[list[int], di
 
 
 def draw_after(rng: random.Random, split: str) -> Draft:
-    """What followed a digit; the steps read the clip."""
+    """What followed a digit; the steps read the clip as far as needed."""
     digits, film, _ = draw_film(rng, split, 2)
     place = rng.randrange(len(digits) - 1)
     language, text = choose_phrasing(rng, AFTER)
-    steps = ("、" if language == "zh" else ", ").join(map(str, digits))
+    steps = ("、" if language == "zh" else ", ").join(map(str, digits[: place + 2]))
     return ("clip", *digits), _asked(rng, [film], text.format(digit=digits[place])), steps, str(digits[place + 1])
 
 
@@ -181,7 +181,8 @@ def draw_when(rng: random.Random, split: str) -> Draft:
     place = rng.randrange(len(digits))
     language, text = choose_phrasing(rng, WHEN)
     unit, comma = ("秒", "、") if language == "zh" else (" s", ", ")
-    steps = comma.join(f"{second}{unit} {digit}" for digit, second in zip(digits, seconds, strict=True))
+    read = list(zip(digits, seconds, strict=True))[: place + 1]
+    steps = comma.join(f"{second}{unit} {digit}" for digit, second in read)
     return ("clip", *digits), _asked(rng, [film], text.format(digit=digits[place])), steps, f"{seconds[place]}{unit}"
 
 

@@ -52,9 +52,10 @@ from ernie45.processing.processor import SETTINGS_FILE
 from ernie45.runtime import set_num_threads
 
 BALANCE, ORTHOGONALITY, Z = 1e-2, 1e-2, 1e-4  # coefficients of the router losses, as in the published configs
-TOKENS_PER_NAME = 20  # a batch of pictures and their names has one picture where others have this many tokens
 BIAS_RATE = 1e-3  # how far a correction bias moves per step
 BANKS = ("text", "vision")
+NAMES = "names"
+KINDS = (*LESSONS, NAMES)  # what a tally counts
 # Until the formats are learned, a reply follows "Assistant: " at once.
 BARE_TEMPLATE = VISION_TEMPLATE.replace("('<think>' if enable_thinking else '<think>\\n\\n</think>\\n\\n')", "''")
 
@@ -82,7 +83,9 @@ class Stage:
         name: of the stage.
         steps: of the optimizers.
         parts: what learns, of `ernie45.models.parts.PARTS`; the rest is frozen.
-        mixes: what it learns from; each step takes one of them. None: pictures and their names, see `tiny_naming.py`.
+        mixes: what it learns from; each step takes one of them.
+        names: pictures to name in every step, see `tiny_naming.py`, for each 100 tokens that a batch has room for. What
+            tower and adapter know about pictures is lost again unless it is asked for.
         formats: whether prompts have the formats of thinking and tools.
         pairs: learn from pairs of right and wrong replies, compared with the model that the stage before left.
         rate, matrix_rate: peak learning rates of AdamW and of Muon.
@@ -92,6 +95,7 @@ class Stage:
     steps: int
     parts: tuple[str, ...]
     mixes: tuple[Mix, ...] = ()
+    names: int = 0
     formats: bool = False
     pairs: bool = False
     rate: float = 1.5e-3
@@ -106,26 +110,27 @@ class Stage:
 SIGHT = ("vision", "adapter", "vision_experts")
 STAGES = (
     Stage("text", 11000, ("text",), (Mix(),)),
-    Stage("names", 1200, ("vision", "adapter")),
-    Stage("vision", 400, SIGHT, (Mix({
-        "one digit": 0.3, "several digits": 0.5, "two-digit number": 0.1, "clip, when": 0.1,
-    }),)),
-    Stage("joint", 1600, PARTS, (Mix({
-        "text": 0.37, "three-digit sums, in steps": 0.03, "one digit": 0.1, "several digits": 0.15,
-        "two-digit number": 0.05, "sum of two pictures": 0.1, "larger of two pictures": 0.05,
-        "clip, what came after": 0.08, "clip, when": 0.07,
-    }),), rate=1e-3, matrix_rate=0.01),
-    Stage("formats", 3200, PARTS, (
+    Stage("names", 1800, ("vision", "adapter"), names=5),
+    Stage("vision", 300, SIGHT, (Mix({
+        "one digit": 0.2, "several digits": 0.3, "two-digit number": 0.15, "clip, what came after": 0.15,
+        "clip, when": 0.2,
+    }),), names=1, rate=1e-3, matrix_rate=0.01),
+    Stage("joint", 900, PARTS, (Mix({
+        "text": 0.38, "three-digit sums, in steps": 0.03, "one digit": 0.07, "several digits": 0.12,
+        "two-digit number": 0.07, "sum of two pictures": 0.08, "larger of two pictures": 0.05,
+        "clip, what came after": 0.09, "clip, when": 0.11,
+    }),), names=1, rate=1e-3, matrix_rate=0.008),
+    Stage("formats", 2400, PARTS, (
         Mix({
-            "text": 0.3, "one digit": 0.06, "several digits": 0.12, "two-digit number": 0.05,
-            "sum of two pictures": 0.08, "larger of two pictures": 0.04, "clip, what came after": 0.08,
-            "clip, when": 0.08, "three-digit sums, thinking": 0.05, "three-digit sums, at once": 0.08,
-            "any question, thinking": 0.06,
+            "text": 0.35, "one digit": 0.05, "several digits": 0.1, "two-digit number": 0.06,
+            "sum of two pictures": 0.06, "larger of two pictures": 0.04, "clip, what came after": 0.08,
+            "clip, when": 0.1, "three-digit sums, thinking": 0.05, "three-digit sums, at once": 0.06,
+            "any question, thinking": 0.05,
         }, share=0.9),
         Mix({
             "tool calls": 0.4, "answers from tool output": 0.3, "questions beside a tool": 0.3,
         }, length=320, share=0.1),
-    ), formats=True, rate=8e-4, matrix_rate=0.007),
+    ), names=1, formats=True, rate=8e-4, matrix_rate=0.006),
     Stage("preferences", 60, PARTS, (Mix({
         "text": 0.3, "one digit": 0.05, "several digits": 0.1, "sum of two pictures": 0.1,
         "clip, what came after": 0.05, "clip, when": 0.1, "three-digit sums, thinking": 0.1,
@@ -192,19 +197,30 @@ def learn_names(model: ErnieForConditionalGeneration, processor: ErnieProcessor,
     """Digits as the names of pictures; the decoder takes no part."""
     digit_ids = [processor.tokenizer.encode(str(digit))[0] for digit in range(10)]
     loss, right = naming_loss(name_pictures(model, digit_ids, batch), batch)
-    return Outcome(loss, right, np.full(len(right), list(LESSONS).index("one digit")), [])
+    return Outcome(loss, right, np.full(len(right), KINDS.index(NAMES)), [])
 
 
 def learn(
     model: ErnieForConditionalGeneration,
     reference: ErnieForConditionalGeneration | None,
     processor: ErnieProcessor,
-    batch: Batch | Named,
+    batch: Batch | None,
+    named: Named | None,
 ) -> Outcome:
-    """The forward pass of a step."""
-    if isinstance(batch, Named):
-        return learn_names(model, processor, batch)
-    return learn_answers(model, batch) if reference is None else learn_preferences(model, reference, batch)
+    """The forward pass of a step; its loss is the sum of those of lessons and names."""
+    outcomes = []
+    if batch is not None:
+        outcomes.append(
+            learn_answers(model, batch) if reference is None else learn_preferences(model, reference, batch)
+        )
+    if named is not None:
+        outcomes.append(learn_names(model, processor, named))
+    return Outcome(
+        paddle.add_n([outcome.loss for outcome in outcomes]),
+        np.concatenate([outcome.right for outcome in outcomes]),
+        np.concatenate([outcome.kinds for outcome in outcomes]),
+        [step for outcome in outcomes for step in outcome.routing],
+    )
 
 
 class Optimizers:
@@ -302,7 +318,8 @@ class StageReport:
 
     Attributes:
         expert_load_at_start, expert_load_at_end: see `expert_load`.
-        curve: every few steps the loss, the share of tokens of answers that were right, and the same by kind of lesson.
+        curve: every few steps the loss, the share of what was right (tokens of answers, names of pictures), and the
+            same by kind of lesson.
     """
 
     name: str
@@ -403,13 +420,10 @@ class Settings:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def next_batch(
-    stage: Stage, processor: ErnieProcessor, settings: Settings, step: int, progress: float, rank: int
-) -> Batch | Named:
-    """What one worker computes in one step; all workers take the same mix."""
+def next_batch(stage: Stage, processor: ErnieProcessor, settings: Settings, step: int, rank: int) -> Batch | None:
+    """The lessons of one worker in one step; all workers take the same mix."""
     if not stage.mixes:
-        rng = random.Random(f"{settings.seed} {stage.name} {step} {rank}")
-        return draw_named(rng, settings.tokens // TOKENS_PER_NAME, processor, progress)
+        return None
     mix = random.Random(f"{settings.seed} {stage.name} {step}").choices(stage.mixes, [m.share for m in stage.mixes])[0]
     rng = random.Random(f"{settings.seed} {stage.name} {step} {rank}")
     rows, end = settings.tokens // mix.length, processor.tokenizer.eos_token_id
@@ -418,6 +432,17 @@ def next_batch(
     if mix.shares:
         return pack(draw_samples(rng, mix.shares, processor, stage.template, end), rows, mix.length)
     return pack(draw_conversations(rng, processor.tokenizer.encode, end), rows, mix.length)
+
+
+def next_names(
+    stage: Stage, processor: ErnieProcessor, settings: Settings, step: int, progress: float, rank: int
+) -> Named | None:
+    """The pictures that one worker names in one step; they begin easy where naming is all there is to learn."""
+    if not stage.names:
+        return None
+    rng = random.Random(f"{settings.seed} {stage.name} {step} {rank} {NAMES}")
+    count = settings.tokens * stage.names // 100
+    return draw_named(rng, count, processor, 1.0 if stage.mixes else progress)
 
 
 def train_stage(
@@ -438,12 +463,13 @@ def train_stage(
     layers = list(weights)
     experts = model.ernie.layers[layers[0]].mlp.moe_statics.e_score_correction_bias.shape[-1]
     steps = max(1, round(stage.steps * settings.scale))
-    tally = np.zeros((2, len(LESSONS)))
+    tally = np.zeros((2, len(KINDS)))
     bar = tqdm(total=steps, initial=own.steps, desc=stage.name, unit="step", mininterval=1, disable=team.rank > 0)
     saved, now = own.seconds, time.monotonic()
     while own.steps < steps:
-        batch = next_batch(stage, processor, settings, own.steps, own.steps / steps, team.rank)
-        outcome = learn(model, reference, processor, batch)
+        batch = next_batch(stage, processor, settings, own.steps, team.rank)
+        named = next_names(stage, processor, settings, own.steps, own.steps / steps, team.rank)
+        outcome = learn(model, reference, processor, batch, named)
         router = router_losses(
             outcome.routing, weights, model.config.moe_k, balance=BALANCE, orthogonality=ORTHOGONALITY, z=Z
         )
@@ -456,8 +482,9 @@ def train_stage(
 
         for place, values in enumerate((outcome.right, np.ones(len(outcome.right)))):
             np.add.at(tally[place], outcome.kinds, values)
-        own.tokens += 0 if isinstance(batch, Named) else batch.tokens * team.size
-        own.patches += (0 if batch.images is None else len(batch.images)) * team.size
+        own.tokens += 0 if batch is None else batch.tokens * team.size
+        shown = [part.images for part in (batch, named) if part is not None and part.images is not None]
+        own.patches += sum(map(len, shown)) * team.size
         if own.steps % 20 == 0:
             note(own, float(outcome.loss), tally, expert_load(counts, layers), bar)
             tally[:] = 0
@@ -492,7 +519,7 @@ def update_biases(
 def note(own: StageReport, loss: float, tally: np.ndarray, load: dict[str, Any], bar: tqdm) -> None:
     """Adds a point to the curve, and shows it."""
     by_kind = {
-        kind: round(right / count, 4) for kind, right, count in zip(LESSONS, *tally, strict=True) if count
+        kind: round(right / count, 4) for kind, right, count in zip(KINDS, *tally, strict=True) if count
     }  # fmt: skip
     right = round(tally[0].sum() / max(tally[1].sum(), 1), 4)
     own.curve.append({"step": own.steps, "loss": round(loss, 4), "right": right, "right_by_kind": by_kind})

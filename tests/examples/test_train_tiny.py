@@ -47,8 +47,8 @@ SMALL = {
     "vision_config": {"depth": 1, "embed_dim": 8, "hidden_size": 8, "num_heads": 1, "mlp_ratio": 1, "patch_size": 14},
 }
 TEXT = train_tiny.Stage("text", 2, ("text",), (train_tiny.Mix(length=64),))
-VISION = train_tiny.Stage("vision", 2, train_tiny.SIGHT, (train_tiny.Mix({"one digit": 1.0}, 96),))
-NAMES = train_tiny.Stage("names", 2, ("vision", "adapter"))
+VISION = train_tiny.Stage("vision", 2, train_tiny.SIGHT, (train_tiny.Mix({"one digit": 1.0}, 96),), names=1)
+NAMES = train_tiny.Stage("names", 2, ("vision", "adapter"), names=5)
 FORMATS = train_tiny.Stage(
     "formats", 2, train_tiny.PARTS, (train_tiny.Mix({"text": 0.5, "one digit": 0.5}, 96),), formats=True
 )
@@ -215,18 +215,26 @@ def _find(row: np.ndarray, ids: list[int]) -> int:
     return next((place for place in range(len(row)) if row[place : place + len(ids)].tolist() == ids), -1)
 
 
-def test_frames_have_two_names(processor: ErnieProcessor) -> None:
-    """The time in the first row of their tokens, and the digit below; a picture has one."""
-    batch = tiny_naming.draw_named(random.Random(0), 30, processor, 1.0)
+def test_each_name_stands_in_tokens_of_its_own(processor: ErnieProcessor) -> None:
+    """Frames: the time in the first row, the digit below. Two digits: the left half and the right one."""
+    batch = tiny_naming.draw_named(random.Random(0), 60, processor, 1.0)
     frames, rows, columns = batch.grid.T
-    counts = rows * columns // processor.vision.merge_size**2
     assert set(frames.tolist()) == {1, 2} and len(batch.images) == (frames * rows * columns).sum()
-    assert batch.tokens.tolist() == list(range(counts.sum()))
-    expected = []
-    for shown, count, width in zip(frames, counts, columns // processor.vision.merge_size, strict=True):
-        expected += [count] if shown == 1 else [width, count - width]
-    assert np.bincount(batch.owners).tolist() == expected
-    assert len(batch.digits) == len(expected) and batch.digits.min() >= 0 and batch.digits.max() <= 9
+    merge_size, first, name, numbers = processor.vision.merge_size, 0, 0, 0
+    for shown, height, width in zip(frames, rows // merge_size, columns // merge_size, strict=True):
+        places = first + np.arange(height * width).reshape(height, width)
+        left, right = places[:, : width // 2], places[:, -(width // 2) :]
+        own = [batch.tokens[batch.owners == name + offset].tolist() for offset in range(2)]
+        if shown == 2:
+            expected = [places[:1], places[1:]]
+        elif own[0] == places.flatten().tolist():
+            expected = [places]
+        else:
+            expected, numbers = [left, right], numbers + 1
+        assert own[: len(expected)] == [part.flatten().tolist() for part in expected]
+        name, first = name + len(expected), first + places.size
+    assert numbers >= 3 and len(batch.digits) == name == batch.owners[-1] + 1
+    assert batch.digits.min() >= 0 and batch.digits.max() <= 9
 
 
 # ---- training
@@ -260,6 +268,9 @@ def test_a_run_leaves_a_checkpoint_that_answers(tmp_path: Path) -> None:
     assert [stage.steps for stage in report.stages] == [2, 2, 2, 2, 2]
     assert [stage.patches > 0 for stage in report.stages] == [False, True, True, True, True]
     assert all(stage.tokens > 50 for stage in report.stages if stage.name != "names")
+    kinds = [set(stage.curve[0]["right_by_kind"]) for stage in report.stages]
+    assert [train_tiny.NAMES in found for found in kinds] == [False, True, True, False, False]
+    assert kinds[1] == {train_tiny.NAMES} and kinds[2] == {train_tiny.NAMES, "one digit"}
     assert np.isfinite([point["loss"] for stage in report.stages for point in stage.curve]).all()
     assert set(report.stages[-1].expert_load_at_start["vision"]) == {"1"}
     model, processor = ErnieForConditionalGeneration.from_pretrained(tmp_path), ErnieProcessor.from_pretrained(tmp_path)
