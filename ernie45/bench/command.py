@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_picture,
         metavar="WIDTHxHEIGHT",
         help="a picture's size for a vision-language model; the first one also begins a prompt (repeatable; "
-        "448x448 and 1792x1344 by default)",
+        "448x448 and 1792x1344 by default, or as large as the model ever sees)",
     )
     parser.add_argument(
         "--video",
@@ -105,7 +106,7 @@ def _measure(options: argparse.Namespace, model: Path, folder: Path) -> Report:
         options.new,
         options.rounds,
         threads,
-        media=_media(options, config.vision),
+        media=_media(options, config.vision, model),
         together=options.together,
     )
     found = measure(contenders, plan)
@@ -113,13 +114,14 @@ def _measure(options: argparse.Namespace, model: Path, folder: Path) -> Report:
     return Report(Path(options.model).name, config, plan, found)
 
 
-def _media(options: argparse.Namespace, vision: VisionConfig | None) -> tuple[EncodeTask, ...]:
+def _media(options: argparse.Namespace, vision: VisionConfig | None, model: Path) -> tuple[EncodeTask, ...]:
     """The pictures and videos to measure, each once; none for a text model."""
     if vision is None:
         if options.picture or options.video:
             raise ErnieError("--picture, --video: the model is a text model, which sees nothing; leave them out")
         return ()
-    media = [*(options.picture or map(_picture, PICTURES)), *(options.video or map(_video, VIDEOS))]
+    pictures, videos = _usual_media(vision, model)
+    media = [*(options.picture or pictures), *(options.video or videos)]
     for task in media:
         if task.width % vision.factor or task.height % vision.factor:
             raise ErnieError(
@@ -128,6 +130,24 @@ def _media(options: argparse.Namespace, vision: VisionConfig | None) -> tuple[En
         if task.frames > 1 and task.frames % vision.frames_per_token:
             raise ErnieError(f"--video: {task.frames} frames; expected a multiple of {vision.frames_per_token}")
     return tuple(dict.fromkeys(media))
+
+
+def _usual_media(vision: VisionConfig, model: Path) -> tuple[list[EncodeTask], list[EncodeTask]]:
+    """The pictures and videos that are measured unless others are asked for, no larger than the model ever sees."""
+    from ernie45.processing.image import ImageLimits, smart_resize
+    from ernie45.processing.limits import MediaLimits
+    from ernie45.processing.processor import own_limits
+
+    def shrunk(task: EncodeTask, limit: ImageLimits) -> EncodeTask:
+        if task.width * task.height <= limit.max_pixels:
+            return task
+        height, width = smart_resize(task.height, task.width, limit, vision.factor)
+        return replace(task, height=height, width=width)
+
+    limits = MediaLimits().replace(**own_limits(model))
+    return [shrunk(_picture(size), limits.image) for size in PICTURES], [
+        shrunk(_video(size), limits.video) for size in VIDEOS
+    ]
 
 
 def _contenders(setting: Setting, peers: list[str]) -> tuple[list[Contender], list[str]]:

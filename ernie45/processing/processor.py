@@ -71,7 +71,7 @@ class ErnieProcessor:
         files = ["config.json", SETTINGS_FILE, *TOKENIZER_FILES]
         folder = resolve_folder(name, revision=revision, cache_dir=cache_dir, allow_patterns=files)
         tokenizer, config = ErnieTokenizer.from_pretrained(folder), ErnieConfig.from_pretrained(folder)
-        return cls(tokenizer, config, **{**_read_settings(folder / SETTINGS_FILE), **limits})
+        return cls(tokenizer, config, **{**own_limits(folder), **limits})
 
     def __call__(
         self,
@@ -229,8 +229,13 @@ class ErnieProcessor:
         return {name: paddle.to_tensor(array) for name, array in arrays.items()}
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """The limits that a checkpoint sets for itself; none if it has no such file."""
+def own_limits(folder: Path) -> dict[str, Any]:
+    """The limits that a checkpoint sets for itself, by name as in `ErnieProcessor`; none if it has no such file.
+
+    Raises:
+        ConfigError: the file is broken.
+    """
+    path = folder / SETTINGS_FILE
     if not path.is_file():
         return {}
     try:

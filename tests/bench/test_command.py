@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from ernie45 import cli
+from ernie45.bench import command
 from ernie45.bench.contenders import Setting, own_contenders, peer_contenders
 from ernie45.errors import ErnieError
+from ernie45.processing.processor import SETTINGS_FILE
 from tests.helpers.text_part import write_text_folder
-from tests.helpers.vision import write_processor_folder, write_vision_folder
+from tests.helpers.vision import vision_config, write_processor_folder, write_vision_folder
 
 QUICK = ["--rounds", "1", "--prompts", "16", "--context", "4", "--batch", "1", "--new", "2", "--threads", "1"]
 
@@ -134,6 +138,25 @@ def test_a_text_model_sees_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     folder = write_text_folder(tmp_path / "text")
     assert cli.main(["bench", *QUICK, "--model", str(folder), "--picture", "56x56"]) == 1
     assert "the model is a text model, which sees nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes"),
+    [
+        ({}, [(1, 448, 448), (1, 1792, 1344), (16, 448, 448)]),
+        (
+            {"image_max_pixels": 12544, "video_min_pixels": 3136, "video_max_pixels": 6272},
+            [(1, 112, 112), (1, 112, 84), (16, 56, 56)],
+        ),
+    ],
+)
+def test_the_usual_pictures_are_no_larger_than_the_model_ever_sees(
+    tmp_path: Path, limits: dict[str, int], sizes: list[tuple[int, int, int]]
+) -> None:
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(limits), encoding="utf-8")
+    options = argparse.Namespace(picture=None, video=None)
+    media = command._media(options, vision_config().vision, tmp_path)
+    assert [(task.frames, task.width, task.height) for task in media] == sizes
 
 
 @pytest.mark.parametrize(
