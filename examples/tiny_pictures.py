@@ -24,7 +24,7 @@ from ernie45.errors import ErnieError
 HELDOUT_SHARE = 10  # one digit in this many is held out
 MARGIN = 2  # pixels of paper around the 8 x 8 of a digit
 FINE = 2  # how much finer the 8 x 8 become when they are bent
-BEND = 0.6  # of the 8 x 8, how far a stroke moves at most
+BEND = 1.0  # of the 8 x 8, how far a stroke moves at most
 TOKEN = 28  # pixels along a side of a token
 # Rows and columns of tokens of a picture, and how often. The processor enlarges what is smaller than 2 x 2.
 SHAPES = {(2, 2): 6, (2, 3): 3, (3, 2): 3, (3, 3): 3, (2, 4): 1, (4, 2): 1, (3, 4): 1, (4, 3): 1}
