@@ -103,18 +103,19 @@ def draw_strokes(
     """How much ink is where, [height, width] float32 in 0..1: one digit about `side` pixels high around `centre`.
 
     Args:
-        ink: one of `handwriting`.
+        ink: one of `handwriting`, or such a one bent.
         size: height and width of the picture.
         centre: x and y.
         side: of the square that the 8 x 8 pixels become, before it is turned, slanted and stretched.
     """
     angle, slant, stretch = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.15)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    shape = np.array([[stretch, slant], [0, 1 / stretch]]) * side / (8 * FINE)
+    fine = ink.width / (8 + 2 * MARGIN)
+    shape = np.array([[stretch, slant], [0, 1 / stretch]]) * side / (8 * fine)
     back = np.linalg.inv(turn @ shape)  # from a place in the picture to one in the pixels of the digit
-    first = (4 + MARGIN) * FINE - back @ np.array(centre)
+    first = (4 + MARGIN) * fine - back @ np.array(centre)
     coefficients = (*back[0], first[0], *back[1], first[1])
-    drawn = bend(rng, ink).transform(size[::-1], Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    drawn = ink.transform(size[::-1], Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
     faint, full = rng.uniform(0.05, 0.35), rng.uniform(0.6, 1.0)
     return np.clip((np.asarray(drawn, "float32") / 255 - faint) / (full - faint), 0, 1)
 
@@ -170,7 +171,9 @@ def draw_clip(rng: random.Random, digits: Sequence[int], frames_each: int, split
 
 
 def _choose(rng: random.Random, digit: int, split: str) -> Image.Image:
-    return rng.choice(handwriting(split)[digit])
+    """Handwriting; what is learned from is bent, what is held out is as it was written."""
+    ink = rng.choice(handwriting(split)[digit])
+    return bend(rng, ink) if split == "train" else ink
 
 
 def draw_sheet(rng: random.Random) -> Image.Image:

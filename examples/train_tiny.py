@@ -120,7 +120,7 @@ STAGES = (
         "two-digit number": 0.07, "sum of two pictures": 0.08, "larger of two pictures": 0.05,
         "clip, what came after": 0.09, "clip, when": 0.11,
     }),), names=1, rate=1e-3, matrix_rate=0.008),
-    Stage("formats", 2400, PARTS, (
+    Stage("formats", 2000, PARTS, (
         Mix({
             "text": 0.35, "one digit": 0.05, "several digits": 0.1, "two-digit number": 0.06,
             "sum of two pictures": 0.06, "larger of two pictures": 0.04, "clip, what came after": 0.08,
@@ -130,7 +130,7 @@ STAGES = (
         Mix({
             "tool calls": 0.4, "answers from tool output": 0.3, "questions beside a tool": 0.3,
         }, length=320, share=0.1),
-    ), names=1, formats=True, rate=8e-4, matrix_rate=0.006),
+    ), names=3, formats=True, rate=8e-4, matrix_rate=0.006),
     Stage("preferences", 60, PARTS, (Mix({
         "text": 0.3, "one digit": 0.05, "several digits": 0.1, "sum of two pictures": 0.1,
         "clip, what came after": 0.05, "clip, when": 0.1, "three-digit sums, thinking": 0.1,

@@ -96,6 +96,15 @@ def test_a_bent_digit_is_another_and_stays_near() -> None:
             assert abs(inked[0] - 2) <= 1 and abs(inked[-1] - 10) <= 1
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_only_what_is_learned_from_is_bent(split: str, drawn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    bent = []
+    monkeypatch.setattr(tiny_pictures, "bend", lambda rng, ink: bent.append(1) or ink)
+    tiny_pictures.draw_picture(random.Random(0), [4, 2], split)
+    tiny_pictures.draw_clip(random.Random(0), [7], 2, split)
+    assert drawn == [4, 2, 7] and len(bent) == (3 if split == "train" else 0)
+
+
 def test_strokes_stand_where_they_should() -> None:
     ink = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 2))
     strokes = tiny_pictures.draw_strokes(random.Random(1), ink, (80, 120), (90, 30), 40)
