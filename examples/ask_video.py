@@ -1,6 +1,6 @@
 """Asks several questions about a video; it is read and encoded once.
 
-python examples/ask_video.py examples/media/clip.gif "What came after 4?" "What came after 9?"
+python examples/ask_video.py examples/media/clip.gif "What came after 4?" "When did 9 appear?"
 python examples/ask_video.py rain.mp4 "When does it begin to rain?" --model baidu/ERNIE-4.5-VL-28B-A3B-Paddle
 
 The model that comes with the package reads handwritten digits and knows nothing else. Other files than animated

@@ -55,8 +55,10 @@ def conversations() -> Iterator[tuple[str, Any, bool]]:
         yield f"{shown}\nUser: {question}", [*parts, {"type": "text", "text": question}], False
         shown = "The same pictures."
     clip = {"type": "video_url", "video_url": {"url": MEDIA / "clip.gif"}}
-    question = "What came after 4?"
-    yield f"[{MEDIA.name}/clip.gif]\nUser: {question}", [clip, {"type": "text", "text": question}], False
+    shown = f"[{MEDIA.name}/clip.gif]"
+    for question in ("What came after 4?", "When did 9 appear?"):
+        yield f"{shown}\nUser: {question}", [clip, {"type": "text", "text": question}], False
+        shown = "The same clip."
 
 
 def drawing(picture: Path, columns: int = 24, rows: int = 12) -> list[str]:

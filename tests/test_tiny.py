@@ -115,8 +115,10 @@ def test_plain_questions(answer: Callable[..., str], question: str, expected: st
         ((SEVEN, THREE, "Read the digits in order."), "7 3"),
         ((SEVEN, THREE, "What do the digits add up to?"), "7+3=10. 10"),
         ((THREE, SEVEN, "Which digit is larger?"), "3, 7. 7"),
-        ((CLIP, "What came after 4?"), "4, 9, 2. 9"),
+        ((CLIP, "What came after 4?"), "4, 9. 9"),
         ((CLIP, "What came after 9?"), "4, 9, 2. 2"),
+        ((CLIP, "When did 9 appear?"), "0 s 4, 1 s 9. 1 s"),
+        ((CLIP, "2什么时候出现？"), "0秒 4、1秒 9、2秒 2. 2秒"),
     ],
 )
 def test_pictures_and_a_clip(answer: Callable[..., str], parts: tuple[Any, ...], expected: str) -> None:
