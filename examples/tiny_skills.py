@@ -354,3 +354,14 @@ def is_right(lesson: Lesson, generated: str) -> bool:
     said = response.content.strip()
     finals = {said, said.removesuffix("."), said.removesuffix("。")}
     return not response.tool_calls and lesson.answer in finals | {final.rpartition(". ")[2] for final in finals}
+
+
+def is_well_formed_call(lesson: Lesson, generated: str) -> bool:
+    """Whether generated text is one whole call of the calculator with an expression, right or not, and nothing else."""
+    response = parse_response(generated, prompt_opened_thinking=lesson.thinking)
+    if response.content or len(response.tool_calls) != 1 or not generated.strip().endswith("</tool_call>"):
+        return False
+    (call,) = response.tool_calls
+    arguments = call.arguments
+    is_expression = isinstance(arguments, dict) and [*map(type, arguments.values())] == [str]
+    return call.name == "calculator" and is_expression and "expression" in arguments

@@ -22,13 +22,7 @@ FOLDER = resolve_folder("ernie45-tiny")
 MEDIA = ROOT / "examples" / "media"
 SEVEN, THREE = ({"type": "image_url", "image_url": {"url": MEDIA / f"{name}.png"}} for name in ("seven", "three"))
 # What it is weak at, by the README's table; the rest is to be right 17 times in 20.
-WEAKEST = {
-    "several digits": 0.7,
-    "two-digit number": 0.45,
-    "clip, what came after": 0.7,
-    "clip, when": 0.1,
-    "three-digit sums, at once": 0.45,
-}
+WEAKEST = {"two-digit number": 0.7, "sum of two pictures": 0.8, "three-digit sums, at once": 0.2}
 CLIP = {"type": "video_url", "video_url": {"url": MEDIA / "clip.gif"}}  # 4, then 9, then 2, a second each
 
 
@@ -88,10 +82,11 @@ def test_it_has_the_architecture_of_the_large_model(model: ErnieForConditionalGe
 
 
 def test_training_left_an_even_load_of_the_experts() -> None:
-    """The busiest expert of each bank and layer, in the last step of training, has less than 2.5 times the mean."""
-    load = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))["stages"][-1]["expert_load_at_end"]
+    """The busiest expert of each bank and layer has less than twice the mean at the end of the last long stage."""
+    stages = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))["stages"]
+    load = next(stage for stage in stages if stage["name"] == "formats")["expert_load_at_end"]
     assert {bank: list(layers) for bank, layers in load.items()} == {"text": ["1", "2", "3"], "vision": ["1", "2", "3"]}
-    assert max(max(experts) for layers in load.values() for experts in layers.values()) < 2.5
+    assert max(max(experts) for layers in load.values() for experts in layers.values()) < 2
 
 
 @pytest.mark.parametrize(

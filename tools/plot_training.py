@@ -39,13 +39,20 @@ def draw_curves(axes: Any, stages: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def draw_load(axes: Any, load: dict[str, dict[str, list[float]]]) -> Any:
-    """How many times the mean load each expert carries: a row for each bank and layer."""
+def draw_load(axes: Any, stage: dict[str, Any]) -> Any:
+    """How many times the mean load each expert carries at the end of a stage: a row for each bank and layer."""
+    load = stage["expert_load_at_end"]
     rows = [(f"{bank} {layer}", values) for bank, layers in load.items() for layer, values in layers.items()]
     picture = axes.imshow([values for _, values in rows], cmap="viridis", vmin=0, vmax=2, aspect="auto")
-    axes.set(xlabel="expert", title="Load, times the mean (last step)", yticks=range(len(rows)))
+    axes.set(xlabel="expert", title=f"Load, times the mean (end of {stage['name']})", yticks=range(len(rows)))
     axes.set_yticklabels([name for name, _ in rows])
     return picture
+
+
+def last_full(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last stage with many tokens in a step: pairs of replies have few, and with them few pictures."""
+    sizes = [stage["tokens"] / max(1, stage["steps"]) for stage in stages]
+    return [stage for stage, size in zip(stages, sizes, strict=True) if size > max(sizes) * 0.7][-1]
 
 
 def draw_accuracy(axes: Any, accuracy: dict[str, Any]) -> None:
@@ -66,7 +73,7 @@ def main() -> None:
     report = json.loads((options.run / "training.json").read_text(encoding="utf-8"))
     figure, axes = plt.subplots(1, 3 if "accuracy" in report else 2, figsize=(17, 6), layout="constrained")
     draw_curves(axes[0], report["stages"])
-    figure.colorbar(draw_load(axes[1], report["stages"][-1]["expert_load_at_end"]), ax=axes[1])
+    figure.colorbar(draw_load(axes[1], last_full(report["stages"])), ax=axes[1])
     if "accuracy" in report:
         draw_accuracy(axes[2], report["accuracy"])
     figure.savefig(options.picture, dpi=110)

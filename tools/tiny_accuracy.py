@@ -32,11 +32,12 @@ from ernie45.bench.contenders import VARIANTS
 from ernie45.checkpoint.writer import write_json_atomic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from tiny_skills import LESSONS, THREE_DIGIT_SUM, Lesson, draw_lesson, is_right, text_lesson
+from tiny_skills import LESSONS, THREE_DIGIT_SUM, Lesson, draw_lesson, is_right, is_well_formed_call, text_lesson
 from tiny_tasks import TASK_NAMES, sample
 
 QUESTION_SEED = 20250630
 LONGEST_REPLY = 80  # tokens
+CALLS, WELL_FORMED = "tool calls", ", well-formed"
 TASKS = (
     *(task for task in TASK_NAMES if task != THREE_DIGIT_SUM),
     *(kind for kind in LESSONS if kind not in ("text", "three-digit sums, in steps")),
@@ -89,18 +90,23 @@ def _until_end(ids: list[int], end: int) -> list[int]:
 def measure_accuracy(
     model: ErnieForConditionalGeneration, processor: ErnieProcessor, count: int, tasks: Iterable[str] = TASKS
 ) -> dict[str, tuple[int, int]]:
-    """For each task the number of right replies and of questions; at most `count` questions a task."""
+    """For each task the number of right replies and of questions; at most `count` questions a task.
+
+    Tool calls have a second row: how many are well-formed, whatever they compute.
+    """
     result = {}
     for task in tqdm(tasks, unit="task"):
         lessons = draw_lessons(task, count)
         replies = ask(model, processor, lessons)
         result[task] = (sum(map(is_right, lessons, replies)), len(lessons))
+        if task == CALLS:
+            result[CALLS + WELL_FORMED] = (sum(map(is_well_formed_call, lessons, replies)), len(lessons))
     return result
 
 
 def example_of(task: str) -> str:
     """The first question of a task and its reply, in a line."""
-    lesson = draw_lessons(task, 1)[0]
+    lesson = draw_lessons(task.removesuffix(WELL_FORMED), 1)[0]
     shown = []
     for message in lesson.messages:
         content = message["content"] or lesson.call or ""

@@ -179,6 +179,17 @@ def test_the_right_reply_counts_and_no_other(kind: str) -> None:
         assert not tiny_skills.is_right(lesson, "")
 
 
+def test_a_wrong_call_may_be_well_formed() -> None:
+    for seed in range(20):
+        lesson = tiny_skills.draw_lesson(random.Random(seed), "tool calls")
+        wrong = lesson.reply.replace('"expression": "', '"expression": "1')
+        assert not tiny_skills.is_right(lesson, wrong)
+        assert all(tiny_skills.is_well_formed_call(lesson, reply) for reply in (lesson.reply, wrong))
+        call = lesson.reply[lesson.reply.index("<tool_call>") :]
+        for broken in ("7", lesson.reply + "7", lesson.reply[:-14], lesson.reply + call, call.replace("expr", "Expr")):
+            assert not tiny_skills.is_well_formed_call(lesson, broken), broken
+
+
 @pytest.mark.parametrize("kind", tiny_skills.LESSONS)
 def test_the_same_seed_gives_the_same_lesson(kind: str) -> None:
     first, second = (tiny_skills.draw_lesson(random.Random(5), kind) for _ in range(2))

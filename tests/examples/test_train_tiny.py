@@ -277,7 +277,8 @@ def test_a_run_leaves_a_checkpoint_that_answers(tmp_path: Path) -> None:
     bias = model.ernie.layers[1].mlp.moe_statics.e_score_correction_bias.abs().max(axis=1)
     assert (bias > 0).all() and float(bias.max()) < 8.1e-3
     accuracy = tiny_accuracy.measure_accuracy(model, processor, 3, ["weekdays", "sum of two pictures", "tool calls"])
-    assert [count for _, count in accuracy.values()] == [3, 3, 3]
+    assert [count for _, count in accuracy.values()] == [3, 3, 3, 3]
+    assert list(accuracy)[-1] == "tool calls, well-formed"
     assert "| weekdays |" in tiny_accuracy.markdown(accuracy)
 
 
