@@ -140,10 +140,17 @@ def test_bfloat16_differs_a_little(float32_folder: str) -> None:
         assert 0 < found.mean_error <= found.max_error < 0.5
         assert 0.99 < found.min_cosine <= found.mean_cosine < 1
         assert found.top1 > 0.9
-    closer = verify(
-        float32_folder, dtype="bfloat16", reference="bfloat16", prompts=TEXTS, runs=0, progress=False
-    ).overall
-    assert closer.mean_error < report.overall.mean_error
+
+
+def test_weights_rounded_on_both_sides_are_closer(float32_folder: str) -> None:
+    """By the logits: a model that is sure has probabilities near 0 and 1, whatever is rounded."""
+    texts = ["81-23=?", "Reverse a b c d", "How many sheep are in cat horse horse?"]
+    exact, rounded = (
+        verify(float32_folder, dtype="bfloat16", reference=reference, prompts=texts, runs=0, progress=False).overall
+        for reference in ("float32", "bfloat16")
+    )
+    assert rounded.positions == exact.positions
+    assert 1 - rounded.mean_cosine < 0.7 * (1 - exact.mean_cosine)
 
 
 def test_the_reference_is_followed_greedily() -> None:

@@ -16,7 +16,8 @@ def test_demo_answers_questions_about_text_and_pictures_and_says_how_fast() -> N
     printed = run("demo.py")
     assert "User: 23+58=?\nAssistant: 3+8=11, 2+5+1=8. 81\n" in printed
     assert "User: What do the digits add up to?\nAssistant: 7+3=10. 10\n" in printed
-    assert printed.count("Assistant: ") == 6
+    assert "User: When did 9 appear?\nAssistant: 0 s 4, 1 s 9. 1 s\n" in printed
+    assert printed.count("Assistant: ") == 7
     assert "tokens/s" in printed
 
 
