@@ -143,10 +143,7 @@ def swiglu_fp8_quantize(x: Tensor, prob: Tensor | None = None, scale: str = "flo
     _check("swiglu_fp8_quantize", x, ROW_BLOCK, scale)
     if x.shape[1] % 2:
         raise ErnieError(f"swiglu_fp8_quantize: x has {x.shape[1]} columns, expected gate and up, an even number")
-    if prob is not None and list(prob.shape) != [x.shape[0]]:
-        raise ErnieError(
-            f"swiglu_fp8_quantize: prob has shape {list(prob.shape)}, expected [{x.shape[0]}], one factor for each row"
-        )
+    _check_factors("swiglu_fp8_quantize", prob, x.shape[0])
     with paddle.no_grad():
         if not custom.usable(x) or not (prob is None or custom.usable(prob)):
             return gpu.best(fp8_reference.swiglu_quantize, x)(x, prob, scale)
@@ -180,10 +177,10 @@ def fp8_quantize_stack(weights: Sequence[Tensor], scale: str = "float32") -> tup
             )
     _check("fp8_quantize_stack", weights[0][0] if weights[0].ndim == 3 else weights[0], SQUARE_BLOCK, scale)
     with paddle.no_grad():
-        if gpu.on_gpu(weights[0]):
-            return gpu.best(fp8_reference.quantize_stack, weights[0])(weights, scale)
-        each = [fp8_quantize_both(matrix, SQUARE_BLOCK, scale) for matrix in fp8_reference.matrices(weights)]
-        return fp8_reference.stacked(each)
+        if custom.usable(*weights):
+            each = [fp8_quantize_both(matrix, SQUARE_BLOCK, scale) for matrix in fp8_reference.matrices(weights)]
+            return fp8_reference.stacked(each)
+        return gpu.best(fp8_reference.quantize_stack, weights[0])(weights, scale)
 
 
 class SwigluGradients(NamedTuple):
@@ -220,12 +217,10 @@ def swiglu_fp8_quantize_backward(
     _check(operator, x, ROW_BLOCK, scale)
     if x.shape[1] % (2 * ROW_BLOCK[1]):
         raise ErnieError(f"{operator}: x has {x.shape[1]} columns, expected gate and up, a multiple of 256")
-    for name, found, expected in (
-        ("grad", grad, [x.shape[0], x.shape[1] // 2]),
-        ("prob", prob, [x.shape[0]]),
-    ):
-        if found is not None and list(found.shape) != expected:
-            raise ErnieError(f"{operator}: {name} has shape {list(found.shape)}, expected {expected}")
+    _check_factors(operator, prob, x.shape[0])
+    expected = [x.shape[0], x.shape[1] // 2]
+    if list(grad.shape) != expected:
+        raise ErnieError(f"{operator}: grad has shape {list(grad.shape)}, expected {expected}")
     if grad.dtype != x.dtype:
         raise ErnieError(f"{operator}: grad is {grad.dtype}, expected {x.dtype} like x")
     with paddle.no_grad():
@@ -237,6 +232,11 @@ def _check(operator: str, x: Tensor, block: tuple[int, int], scale: str) -> None
     _check_matrix(operator, "x", x, DTYPES)
     _check_choice(operator, "block", block, BLOCKS)
     _check_choice(operator, "scale", scale, SCALES)
+
+
+def _check_factors(operator: str, prob: Tensor | None, rows: int) -> None:
+    if prob is not None and list(prob.shape) != [rows]:
+        raise ErnieError(f"{operator}: prob has shape {list(prob.shape)}, expected [{rows}], one factor for each row")
 
 
 def _check_matrix(operator: str, argument: str, tensor: Tensor, dtypes: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ reordered for the tensor cores, columns interleaved by 2 (or 4), codes without a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -77,7 +78,7 @@ class WeightOnly:
                 f"weight-only: found a weight of shape {self.shape}, expected [in, out], multiples of {INPUTS} and "
                 f"{OUTPUTS}; take it in full precision"
             )
-        self._codes = np.zeros(self._rows, np.int8)
+        self._codes: np.ndarray | None = None  # while it is filled
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +102,8 @@ class WeightOnly:
                 f"weight-only: {rows.dtype} {list(rows.shape)} from row {first} on do not fit into {height} rows of "
                 f"{width} ({self.kind})"
             )
+        if self._codes is None:
+            self._codes = np.zeros(self._rows, np.int8)
         self._codes[first : first + len(rows)] = rows
 
     def write_scales(self, scales: np.ndarray) -> None:
@@ -108,10 +111,11 @@ class WeightOnly:
 
         Codes and scales then are on the current device, and nowhere else.
         """
+        assert self._codes is not None, "write comes first"
         wide = convert(scales, "BF16", "F32") if self.kind == WINT4 else scales
         self.data = paddle.to_tensor(arranged(self.kind, self._codes))
         self.scales = paddle.to_tensor(wide).astype(self.dtype)
-        del self._codes
+        self._codes = None
 
     def codes(self) -> np.ndarray:
         """What `write` took, for the whole weight."""
@@ -122,15 +126,20 @@ class WeightOnly:
         wide = self.scales.astype("float32").numpy()
         return convert(wide, "F32", "BF16") if self.kind == WINT4 else wide
 
+    @functools.cached_property
+    def _architecture(self) -> int:
+        """Of the kernels that run it: asked for once, not in every product."""
+        major, minor = paddle.device.cuda.get_device_capability()
+        return max(known for known in ARCHITECTURES if known <= max(10 * major + minor, ARCHITECTURES[0]))
+
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] times the weight: [..., out] in the dtype of x."""
-        major, minor = paddle.device.cuda.get_device_capability()
         return quant.weight_only_linear(
             x.astype(self.dtype),
             self.data,
             weight_scale=self.scales,
             weight_dtype="int4" if self.kind == WINT4 else "int8",
-            arch=max(known for known in ARCHITECTURES if known <= max(10 * major + minor, ARCHITECTURES[0])),
+            arch=self._architecture,
             group_size=GROUP if self.kind == WINT4 else -1,
         ).astype(x.dtype)
 

@@ -20,7 +20,7 @@ from ernie45.models.causal_lm import ErnieForCausalLM
 from ernie45.ops import PackedWeight, weight_only
 from ernie45.ops.weight_only import WeightOnly, WeightOnlyStack
 from ernie45.quantization.convert import quantize_checkpoint
-from ernie45.quantization.weights import Quantised, dequantize
+from ernie45.quantization.weights import unpack_pairs
 from tests.helpers.packed import clear_ids, plain_model, save_source
 from tests.helpers.tiny import DENSE, MOE, as_float32, read_folder
 
@@ -38,12 +38,9 @@ def weight_only_linear(
     """What Paddle's operator means."""
     kind = {"int8": "wint8", "int4": "wint4"}[weight_dtype]
     codes, scales = weight_only.published(kind, data.numpy()), weight_scale.astype("float32")
-    ones = np.ones(weight_scale.shape, np.float32)
-    ones = ones if kind == "wint8" else paddle.to_tensor(ones).astype("bfloat16").view("uint16").numpy()
-    shape = (x.shape[-1], codes.shape[1])
-    whole = paddle.to_tensor(dequantize(Quantised(kind, shape, codes, ones)).astype(np.float32))
-    wide = whole * (scales if kind == "wint8" else scales.repeat_interleave(64, axis=0))
-    return paddle.matmul(x.astype("float32"), wide).astype(x.dtype)
+    if kind == "wint4":
+        codes, scales = unpack_pairs(codes, x.shape[-1]), scales.repeat_interleave(64, axis=0)
+    return paddle.matmul(x.astype("float32"), paddle.to_tensor(codes).astype("float32") * scales).astype(x.dtype)
 
 
 @pytest.fixture
